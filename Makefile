@@ -1,0 +1,28 @@
+# `make demo` and `make test` do all their own set-up in .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-kafka lint clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m jobs.demo $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m tests.run $(ARGS)
+
+test-kafka: $(VENV)/.installed
+	$(BIN)/python -m tests.run --kafka $(ARGS)
+
+clean:
+	rm -rf $(VENV) var

@@ -1,0 +1,185 @@
+"""The one configuration of a grstream system: a YAML file, validated here and trusted everywhere else.
+
+Every field states its unit and default. An unknown field is an error that names its path. This is the only
+module of the project that reads environment variables.
+"""
+
+import os
+import pathlib
+import re
+from typing import Annotated, Literal, Self
+
+import pydantic
+import yaml
+
+MAX_ACTIONS = 31  # a set of actions travels as the bits of a non-negative int32
+ACTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.:-]{0,63}")
+
+Name = Annotated[str, pydantic.StringConstraints(pattern=f"^{ACTION_NAME.pattern}$")]
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message gives the path of each wrong field and what it may be."""
+
+
+class Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class KafkaConfig(Section):
+    """Where the log of actions is."""
+
+    bootstrap_servers: list[str] = ["127.0.0.1:9092"]
+    topic: str = "actions"
+    dead_letter_topic: str | None = pydantic.Field(None, description="default: <topic>.dead")
+    request_timeout_ms: int = pydantic.Field(10_000, gt=0, description="give up on an unreachable broker")
+
+    @property
+    def dead_letters(self) -> str:
+        return self.dead_letter_topic or f"{self.topic}.dead"
+
+
+class EventsConfig(Section):
+    """The schema of an action event."""
+
+    actions: list[Name] = pydantic.Field(min_length=1, max_length=MAX_ACTIONS)
+    context: list[Name] = pydantic.Field([], description="categorical features of the moment")
+    item_features: list[Name] = pydantic.Field([], description="categorical features of the item")
+    max_future_ms: int = pydantic.Field(
+        300_000, ge=0, description="how far an event's time may lie beyond the record's own time"
+    )
+    unknown_fields: Literal["reject", "ignore"] = "reject"
+
+    @pydantic.model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        for field in ("actions", "context", "item_features"):
+            names = getattr(self, field)
+            if len(set(names)) != len(names):
+                raise ValueError(f"{field} lists a name twice")
+        return self
+
+    @property
+    def features(self) -> list[str]:
+        """The feature columns of an event, in the order in which they are stored."""
+        return [f"context.{name}" for name in self.context] + [f"item.{name}" for name in self.item_features]
+
+
+class HistoriesConfig(Section):
+    """What is remembered of each user, per partition of the topic (law 3: the same in every reader)."""
+
+    window: int = pydantic.Field(256, ge=0, description="newest events kept per user")
+    chunk: int = pydantic.Field(32, ge=1, description="oldest events dropped at once when the window is full")
+    lateness_ms: int = pydantic.Field(600_000, ge=0, description="a late event within this is placed by time")
+    duplicate_window: int = pydantic.Field(100_000, ge=0, description="offsets within which an id is unique")
+    max_users: int = pydantic.Field(1_000_000, ge=1, description="users kept per partition")
+    max_events: int = pydantic.Field(32_000_000, ge=1, description="events kept per partition")
+
+    @pydantic.model_validator(mode="after")
+    def _chunk_fits(self) -> Self:
+        if self.window and self.chunk > self.window:
+            raise ValueError("chunk must not be larger than window")
+        return self
+
+
+class SourceConfig(Section):
+    """How the log becomes micro-batches."""
+
+    readers: int = pydantic.Field(1, ge=1, description="read tasks; partitions are dealt out among them")
+    reader_cpus: float = pydantic.Field(0.5, gt=0, description="logical CPUs each read task asks Ray for")
+    flush_events: int = pydantic.Field(256, ge=1, description="new events that make a micro-batch")
+    flush_ms: int = pydantic.Field(500, ge=1, description="and the longest a new event waits for one")
+    ahead_bytes: int = pydantic.Field(64 << 20, ge=1 << 20, description="micro-batches readers may be ahead")
+    recycle_s: float = pydantic.Field(
+        900, gt=0, description="seconds after which a Ray Data execution is renewed"
+    )
+
+
+class ModelConfig(Section):
+    """The HSTU encoder and its heads (paper section 3)."""
+
+    layout: Literal["fused"] = "fused"
+    layers: int = pydantic.Field(2, ge=1)
+    dim: int = pydantic.Field(64, ge=2, description="width of the residual stream")
+    heads: int = pydantic.Field(2, ge=1)
+    qk_dim: int | None = pydantic.Field(None, ge=1, description="per head; default dim / heads")
+    v_dim: int | None = pydantic.Field(None, ge=1, description="per head; default dim / heads")
+    dropout: float = pydantic.Field(0.0, ge=0, lt=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @pydantic.model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if (self.qk_dim is None or self.v_dim is None) and self.dim % self.heads:
+            raise ValueError("dim must be a multiple of heads unless qk_dim and v_dim are given")
+        return self
+
+
+class TrainConfig(Section):
+    """Streaming training."""
+
+    workers: int = pydantic.Field(1, ge=1)
+    worker_cpus: float = pydantic.Field(1, gt=0, description="logical CPUs each trainer worker asks Ray for")
+    gpu: bool = False
+    learning_rate: float = pydantic.Field(1e-3, gt=0, description="AdamW, dense parameters")
+    row_learning_rate: float = pydantic.Field(0.05, gt=0, description="rowwise Adagrad, embedding rows")
+    weight_decay: float = pydantic.Field(0.0, ge=0)
+    retrieval_weight: float = pydantic.Field(0.1, ge=0, description="retrieval loss beside the ranking loss")
+    negatives: int = pydantic.Field(256, ge=1, description="uniform negatives a step beside in-batch ones")
+    publish_every_s: float = pydantic.Field(5, gt=0)
+    checkpoint_every_s: float = pydantic.Field(60, gt=0)
+    keep_checkpoints: int = pydantic.Field(3, ge=1)
+    keep_versions: int = pydantic.Field(5, ge=2)
+    seed: int = 0
+
+
+class ServeConfig(Section):
+    """The serving application."""
+
+    host: str = "127.0.0.1"
+    port: int = pydantic.Field(8000, ge=1, le=65535)
+    replicas: int = pydantic.Field(1, ge=1, description="scorer replicas")
+    history_shards: int = pydantic.Field(1, ge=1, description="partitions are dealt out among them")
+    max_candidates: int = pydantic.Field(10_000, ge=1, description="per rank request")
+    max_events: int = pydantic.Field(1_000, ge=1, description="per actions request")
+    max_k: int = pydantic.Field(1_000, ge=1, description="items a retrieve request may ask for")
+    micro_batch: int = pydantic.Field(512, ge=1, description="candidates scored at once: the paper's b_m")
+    cache_bytes: int = pydantic.Field(1 << 30, ge=0, description="keys and values kept per scorer replica")
+    poll_weights_s: float = pydantic.Field(0.5, gt=0)
+    queue: int = pydantic.Field(256, ge=1, description="requests a replica holds before it answers 503")
+
+
+class Config(Section):
+    """A whole system."""
+
+    storage: pathlib.Path = pydantic.Field(
+        description="directory shared by trainer and servers: checkpoints, snapshots, weights versions, logs"
+    )
+    kafka: KafkaConfig = KafkaConfig()
+    events: EventsConfig
+    histories: HistoriesConfig = HistoriesConfig()
+    source: SourceConfig = SourceConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    serve: ServeConfig = ServeConfig()
+
+
+def parse(data: object, origin: str = "config") -> Config:
+    """Validate a loaded mapping. Raises ConfigError naming each wrong field by its path."""
+    try:
+        return Config.model_validate(data)
+    except pydantic.ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"{origin} is not a valid configuration:\n" + "\n".join(lines)) from error
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """Read and validate a YAML file; a relative `storage` is relative to the current directory."""
+    try:
+        text = pathlib.Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration: {error}") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    config = parse(data, str(path))
+    return config.model_copy(update={"storage": config.storage.absolute()})
