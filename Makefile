@@ -19,10 +19,10 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m tests.run $(ARGS)
+	$(BIN)/pytest $(ARGS)
 
 test-kafka: $(VENV)/.installed
-	$(BIN)/python -m tests.run --kafka $(ARGS)
+	$(BIN)/pytest --apache-kafka -m kafka $(ARGS)
 
 clean:
 	rm -rf $(VENV) var

@@ -89,9 +89,7 @@ class SourceConfig(Section):
     flush_events: int = pydantic.Field(256, ge=1, description="new events that make a micro-batch")
     flush_ms: int = pydantic.Field(500, ge=1, description="and the longest a new event waits for one")
     ahead_bytes: int = pydantic.Field(64 << 20, ge=1 << 20, description="micro-batches readers may be ahead")
-    recycle_s: float = pydantic.Field(
-        900, gt=0, description="seconds after which a Ray Data execution is renewed"
-    )
+    recycle_s: float = pydantic.Field(900, gt=0, description="seconds until a Ray Data execution is renewed")
 
 
 class ModelConfig(Section):

@@ -1,0 +1,45 @@
+"""The ledger holds every offset once."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grstream.ledger import Disposition, Ledger, OffsetConflict, OffsetRange
+
+cuts = st.lists(st.integers(1, 200), min_size=1, max_size=12, unique=True).map(sorted)
+
+
+@given(cuts=cuts, order=st.randoms(), kinds=st.lists(st.sampled_from(Disposition), min_size=12, max_size=12))
+def test_ranges_added_in_any_order_cover_the_same_offsets(cuts, order, kinds) -> None:
+    ranges = [OffsetRange(0, a, b, k) for a, b, k in zip([0, *cuts], cuts, kinds, strict=False)]
+    shuffled = ranges[:]
+    order.shuffle(shuffled)
+    ledger = Ledger(shuffled)
+    assert list(ledger) == list(Ledger(ranges))
+    assert ledger.consumed(0) == [(0, cuts[-1])]
+    assert ledger.watermark(0) == cuts[-1]
+    for kind in Disposition:
+        assert ledger.count(kind) == sum(r.stop - r.start for r in ranges if r.disposition == kind)
+    assert list(Ledger.from_table(ledger.to_table())) == list(ledger)
+
+
+@given(start=st.integers(0, 20), length=st.integers(1, 10))
+def test_an_offset_cannot_be_recorded_twice(start, length) -> None:
+    ledger = Ledger(
+        [OffsetRange(0, 5, 10, Disposition.TRAINED), OffsetRange(0, 12, 15, Disposition.DUPLICATE)]
+    )
+    new = OffsetRange(0, start, start + length, Disposition.TRAINED)
+    taken = {*range(5, 10), *range(12, 15)}
+    if taken & set(range(start, start + length)):
+        with pytest.raises(OffsetConflict):
+            ledger.add(new)
+    else:
+        ledger.add(new)
+        assert ledger.count(Disposition.TRAINED) == 5 + length
+
+
+def test_the_watermark_stops_at_a_hole() -> None:
+    ledger = Ledger([OffsetRange(3, 0, 4, Disposition.TRAINED), OffsetRange(3, 6, 9, Disposition.TRAINED)])
+    assert ledger.watermark(3) == 4
+    assert ledger.consumed(3) == [(0, 4), (6, 9)]
+    assert ledger.watermark(1) is None
