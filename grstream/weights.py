@@ -1,0 +1,330 @@
+"""Versions of the weights: numbered, immutable, checksummed, complete or absent (law 5).
+
+A version is a directory `v0000000042` of a `WeightStore`: arrays as safetensors, the strings of string ids
+as JSON, and a manifest that names each file with its size and SHA-256 and says everything else that a scorer
+needs: the model's configuration, the actions and features, and where in the stream the weights were taken.
+It is written beside, synced and renamed into place, so a reader sees all of it or nothing; `manifest.sha256`
+covers the manifest. Numbers only go up. Neither Ray nor Kafka is imported here.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+import safetensors
+import safetensors.numpy
+
+from grstream.config import Config, ModelConfig
+from grstream.keys import Id, Keys, Namespace, ints_of_keys
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of a version's files; a reader refuses another
+MANIFEST, MANIFEST_DIGEST = "manifest.json", "manifest.sha256"
+DENSE, ROWS, NAMES = "dense.safetensors", "rows.safetensors", "item_names.json"
+STALE_S = 3600.0  # a half-written or half-deleted directory older than this has lost its writer
+_VERSION = re.compile(r"v(\d{10})")
+_SCRATCH = ".scratch-"
+
+
+class WeightsError(RuntimeError):
+    """Something is wrong with a store of weights versions."""
+
+
+class CorruptWeights(WeightsError):
+    """A version's bytes are not those that were published. It must not be served."""
+
+    def __init__(self, number: int, file: str, problem: str) -> None:
+        super().__init__(
+            f"weights version {number} is corrupt: {file} {problem}; delete its directory or restore the file"
+        )
+        self.number, self.file = number, file
+
+
+class VersionExists(WeightsError):
+    """The number to be published is not above every number that the store has held."""
+
+
+class VersionMissing(WeightsError):
+    """The store has no such version: never published, or pruned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a model has learned, as plain arrays: a copy that its learner no longer touches."""
+
+    dense: dict[str, npt.NDArray]  # parameter name -> array
+    keys: Keys  # (n,) every key that has an embedding row
+    rows: npt.NDArray[np.float32]  # (n, d)
+    items: npt.NDArray[np.bool_]  # (n,) which keys are items, and so may be retrieved
+    item_names: dict[int, str]  # item key -> id, for string ids
+
+    def __post_init__(self) -> None:
+        n = len(self.keys)
+        if self.keys.shape != (n,) or self.items.shape != (n,) or self.rows.ndim != 2 or len(self.rows) != n:
+            raise ValueError(
+                f"expected keys (n,), items (n,) and rows (n, d), got {self.keys.shape}, {self.items.shape} "
+                f"and {self.rows.shape}"
+            )
+
+    def item_id(self, key: int) -> Id:
+        """The id of an item key."""
+        name = self.item_names.get(key)
+        return int(ints_of_keys(Namespace.ITEM, np.array([key]))[0]) if name is None else name
+
+
+class _Stored(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Recipe(_Stored):
+    """What must be known, beside the arrays, to build the model that they are the weights of."""
+
+    model: ModelConfig
+    actions: list[str]
+    features: list[str]
+    vocabulary_seed: int
+
+    @classmethod
+    def of(cls, config: Config) -> "Recipe":
+        return cls(
+            model=config.model,
+            actions=list(config.events.actions),
+            features=config.events.features,
+            vocabulary_seed=config.train.seed,
+        )
+
+
+class FileRecord(_Stored):
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Stored):
+    """What a version is, where in the stream it was taken, and which files it is made of."""
+
+    format: int = FORMAT
+    number: int = pydantic.Field(ge=1)
+    step: int = pydantic.Field(ge=0)
+    created_ms: int
+    positions: dict[int, list[tuple[int, int]]]  # partition -> consumed offsets as [start, stop) ranges
+    newest_event_ms: int
+    recipe: Recipe
+    files: dict[str, FileRecord]
+
+    def covers(self, partition: int, offset: int) -> bool:
+        """Whether the weights have consumed an offset."""
+        return any(start <= offset < stop for start, stop in self.positions.get(partition, ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsVersion:
+    manifest: Manifest
+    weights: Weights
+
+    @property
+    def number(self) -> int:
+        return self.manifest.number
+
+
+class WeightSource(Protocol):
+    """Where a scorer gets its weights from."""
+
+    def newer_than(self, number: int) -> WeightsVersion | None:
+        """The newest good version above `number`, or None."""
+        ...
+
+
+class WeightStore:
+    """Versions in a directory of shared storage. One process publishes and prunes; any number read."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self._directory = pathlib.Path(directory)
+        self._corrupt: set[int] = set()  # immutable, so once corrupt always corrupt: read and reported once
+
+    def publish(
+        self,
+        weights: Weights,
+        recipe: Recipe,
+        *,
+        step: int,
+        positions: Mapping[int, Sequence[tuple[int, int]]],
+        newest_event_ms: int,
+        number: int | None = None,
+    ) -> Manifest:
+        """Make a version durable and then visible; without a `number`, the next one.
+
+        Raises VersionExists unless `number` is above all the store's numbers.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        newest = max(self.numbers(), default=0)
+        number = newest + 1 if number is None else number
+        if number <= newest:
+            raise VersionExists(f"cannot publish version {number}: numbers must go up and {newest} exists")
+        files = {DENSE: _dense_bytes(weights), ROWS: _rows_bytes(weights), NAMES: _names_bytes(weights)}
+        manifest = Manifest(
+            number=number,
+            step=step,
+            created_ms=time.time_ns() // 1_000_000,
+            positions={p: [(int(a), int(b)) for a, b in ranges] for p, ranges in positions.items()},
+            newest_event_ms=newest_event_ms,
+            recipe=recipe,
+            files={n: FileRecord(bytes=len(data), sha256=_sha256(data)) for n, data in files.items()},
+        )
+        files[MANIFEST] = manifest.model_dump_json(indent=1).encode()
+        files[MANIFEST_DIGEST] = _digest_line(files[MANIFEST])
+        scratch = self._scratch(number)
+        scratch.mkdir()
+        try:
+            for name, data in files.items():
+                _write_synced(scratch / name, data)
+            _sync(scratch)
+            os.rename(scratch, self._path(number))
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise VersionExists(f"cannot publish version {number}: another publisher just did") from error
+            raise
+        _sync(self._directory)
+        return manifest
+
+    def numbers(self) -> list[int]:
+        """The numbers of the versions that are there, oldest first."""
+        try:
+            names = os.listdir(self._directory)
+        except FileNotFoundError:
+            return []
+        return sorted(int(match[1]) for match in map(_VERSION.fullmatch, names) if match)
+
+    def load(self, number: int) -> WeightsVersion:
+        """Read and verify a version. Raises VersionMissing, or CorruptWeights naming the file."""
+        text = self._read(number, MANIFEST)
+        if self._read(number, MANIFEST_DIGEST) != _digest_line(text):
+            raise CorruptWeights(number, MANIFEST, f"does not match {MANIFEST_DIGEST}")
+        try:
+            manifest = Manifest.model_validate_json(text)
+        except pydantic.ValidationError as error:
+            raise CorruptWeights(number, MANIFEST, f"is not a manifest: {error}") from error
+        if manifest.format != FORMAT or manifest.number != number:
+            problem = f"says format {manifest.format}, number {manifest.number}; expected {FORMAT}, {number}"
+            raise CorruptWeights(number, MANIFEST, problem)
+        if manifest.files.keys() != {DENSE, ROWS, NAMES}:
+            raise CorruptWeights(number, MANIFEST, f"lists the files {sorted(manifest.files)}")
+        data = {name: self._verified(number, name, record) for name, record in manifest.files.items()}
+        try:
+            return WeightsVersion(manifest, _weights(data))
+        except (safetensors.SafetensorError, ValueError, TypeError) as error:
+            raise CorruptWeights(
+                number, "its arrays", f"cannot be read as what they should be: {error}"
+            ) from error
+
+    def newer_than(self, number: int) -> WeightsVersion | None:
+        """The newest good version above `number`, or None. A corrupt one is logged and passed over."""
+        for candidate in reversed(self.numbers()):
+            if candidate <= number:
+                return None
+            if candidate in self._corrupt:
+                continue
+            try:
+                return self.load(candidate)
+            except CorruptWeights as error:
+                self._corrupt.add(candidate)
+                logger.error("%s; it is not served", error)
+            except VersionMissing:  # pruned since it was listed, so newer ones are there by the next call
+                logger.info("weights version %d was pruned while it was being read", candidate)
+        return None
+
+    def prune(self, keep: int) -> list[int]:
+        """Delete all but the newest `keep` versions and what dead writers left; the numbers deleted.
+
+        A version goes at once, by a rename, so that a reader misses it whole.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, or numbers could be given twice; got {keep}")
+        gone = self.numbers()[:-keep]
+        for number in gone:
+            scratch = self._scratch(number)
+            os.rename(self._path(number), scratch)
+            shutil.rmtree(scratch)
+        for left in self._directory.glob(f"{_SCRATCH}*"):
+            if time.time() - left.stat().st_mtime > STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
+        return gone
+
+    def _path(self, number: int) -> pathlib.Path:
+        return self._directory / f"v{number:010d}"
+
+    def _scratch(self, number: int) -> pathlib.Path:
+        return self._directory / f"{_SCRATCH}{number}-{secrets.token_hex(8)}"
+
+    def _read(self, number: int, name: str) -> bytes:
+        try:
+            return (self._path(number) / name).read_bytes()
+        except FileNotFoundError as error:
+            if self._path(number).is_dir():
+                raise CorruptWeights(number, name, "is missing") from error
+            raise VersionMissing(f"no weights version {number} in {self._directory}") from error
+
+    def _verified(self, number: int, name: str, record: FileRecord) -> bytes:
+        data = self._read(number, name)
+        if len(data) != record.bytes:
+            raise CorruptWeights(number, name, f"has {len(data)} bytes instead of {record.bytes}")
+        if _sha256(data) != record.sha256:
+            raise CorruptWeights(number, name, "does not match its SHA-256")
+        return data
+
+
+def _dense_bytes(weights: Weights) -> bytes:
+    return safetensors.numpy.save({name: np.asarray(a, order="C") for name, a in weights.dense.items()})
+
+
+def _rows_bytes(weights: Weights) -> bytes:
+    arrays = {"keys": weights.keys, "rows": weights.rows, "items": weights.items}
+    return safetensors.numpy.save({name: np.asarray(a, order="C") for name, a in arrays.items()})
+
+
+def _names_bytes(weights: Weights) -> bytes:
+    return json.dumps({str(key): name for key, name in weights.item_names.items()}).encode()
+
+
+def _weights(data: Mapping[str, bytes]) -> Weights:
+    arrays = safetensors.numpy.load(data[ROWS])
+    names = {int(key): str(name) for key, name in json.loads(data[NAMES]).items()}
+    return Weights(dense=safetensors.numpy.load(data[DENSE]), item_names=names, **arrays)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest_line(manifest: bytes) -> bytes:
+    """What `sha256sum -c` reads."""
+    return f"{_sha256(manifest)}  {MANIFEST}\n".encode()
+
+
+def _write_synced(path: pathlib.Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: pathlib.Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,249 @@
+import logging
+import os
+import pathlib
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grstream import keys, weights
+from grstream.config import ModelConfig
+from grstream.weights import (
+    CorruptWeights,
+    Manifest,
+    Recipe,
+    VersionExists,
+    VersionMissing,
+    Weights,
+    WeightStore,
+)
+
+RECIPE = Recipe(
+    model=ModelConfig(layers=1, dim=4),
+    actions=["click", "like"],
+    features=["context.place"],
+    vocabulary_seed=7,
+)
+FILES = [weights.MANIFEST, weights.MANIFEST_DIGEST, weights.DENSE, weights.ROWS, weights.NAMES]
+
+
+def some_weights(seed: int = 0, n: int = 5) -> Weights:
+    draw = np.random.default_rng(seed)
+    ids = keys.keys_of_ints(keys.Namespace.ITEM, np.arange(n))
+    return Weights(
+        dense={"w": draw.normal(size=(3, 4)).astype(np.float32), "bias": np.float32(seed).reshape(())},
+        keys=ids,
+        rows=draw.normal(size=(n, 4)).astype(np.float32),
+        items=np.arange(n) % 2 == 0,
+        item_names={keys.key_of(keys.Namespace.ITEM, "träd\x00"): "träd\x00"},
+    )
+
+
+def publish(store: WeightStore, seed: int = 0, number: int | None = None) -> Manifest:
+    return store.publish(
+        some_weights(seed),
+        RECIPE,
+        step=seed,
+        positions={0: [(0, 10), (12, 13)]},
+        newest_event_ms=5,
+        number=number,
+    )
+
+
+def assert_same(a: Weights, b: Weights) -> None:
+    assert a.dense.keys() == b.dense.keys()
+    for name in a.dense:
+        assert a.dense[name].dtype == b.dense[name].dtype
+        np.testing.assert_array_equal(a.dense[name], b.dense[name])
+        assert a.dense[name].shape == b.dense[name].shape
+    for field in ("keys", "rows", "items"):
+        np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+    assert a.item_names == b.item_names
+
+
+def file_of(directory: pathlib.Path, number: int, name: str) -> pathlib.Path:
+    return directory / f"v{number:010d}" / name
+
+
+def test_a_version_is_read_as_it_was_published(tmp_path: pathlib.Path) -> None:
+    manifest = publish(WeightStore(tmp_path / "new" / "weights"), seed=3)
+    version = WeightStore(tmp_path / "new" / "weights").load(1)
+    assert version.manifest == manifest
+    assert version.manifest.recipe == RECIPE
+    assert_same(version.weights, some_weights(3))
+
+
+def test_a_version_says_which_offsets_it_has_learned_from(tmp_path: pathlib.Path) -> None:
+    manifest = publish(WeightStore(tmp_path))
+    assert [o for o in range(-1, 20) if manifest.covers(0, o)] == [*range(10), 12]
+    assert not manifest.covers(1, 0)
+
+
+def test_an_empty_store_has_nothing_newer(tmp_path: pathlib.Path) -> None:
+    store = WeightStore(tmp_path / "absent")
+    assert store.numbers() == []
+    assert store.newer_than(0) is None
+
+
+def test_item_keys_are_turned_back_into_the_ids_they_came_from() -> None:
+    held = some_weights()
+    assert [held.item_id(k) for k in held.keys.tolist()] == [0, 1, 2, 3, 4]
+    assert held.item_id(keys.key_of(keys.Namespace.ITEM, "träd\x00")) == "träd\x00"
+
+
+@given(st.lists(st.integers(0, 12), max_size=12))
+def test_numbers_strictly_go_up(tmp_path_factory: pytest.TempPathFactory, numbers: list[int]) -> None:
+    directory = tmp_path_factory.mktemp("store")
+    store = WeightStore(directory)
+    newest = 0
+    for number in numbers:  # 0 stands for "the next one"
+        if 0 < number <= newest:
+            with pytest.raises(VersionExists, match=str(newest)):
+                publish(store, number=number)
+        else:
+            newest = publish(store, number=number or None).number
+        assert max(store.numbers(), default=0) == newest
+    assert not list(directory.glob(".scratch-*"))
+
+
+def test_of_two_publishers_of_one_number_the_second_is_told(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(WeightStore(tmp_path), seed=1, number=4)
+    late = WeightStore(tmp_path)
+    monkeypatch.setattr(late, "numbers", list)  # it listed the store before the other one published
+    with pytest.raises(VersionExists, match="another publisher"):
+        publish(late, seed=2, number=4)
+    assert_same(late.load(4).weights, some_weights(1))
+    assert os.listdir(tmp_path) == ["v0000000004"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_or_missing_file_is_named_and_never_served(
+    tmp_path: pathlib.Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = WeightStore(tmp_path)
+    publish(store, seed=1)
+    publish(store, seed=2)
+    path = file_of(tmp_path, 2, name)
+    for damage in (lambda: path.write_bytes(path.read_bytes()[:-1]), lambda: path.unlink()):
+        damage()
+        with pytest.raises(CorruptWeights, match=r"manifest|" + name) as caught:
+            store.load(2)
+        assert caught.value.number == 2
+    with caplog.at_level(logging.ERROR):
+        version = store.newer_than(0)
+        assert version is not None
+        assert version.number == 1
+        assert store.newer_than(1) is None
+    assert len([r for r in caplog.records if "version 2 is corrupt" in r.message]) == 1
+    publish(store, seed=3)
+    assert store.newer_than(1).number == 3
+
+
+@pytest.mark.parametrize("name", FILES)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_one_flipped_bit_anywhere_is_noticed(
+    tmp_path_factory: pytest.TempPathFactory, name: str, place: float, bit: int
+) -> None:
+    directory = tmp_path_factory.mktemp("store")
+    store = WeightStore(directory)
+    publish(store)
+    path = file_of(directory, 1, name)
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1 << bit
+    path.write_bytes(data)
+    with pytest.raises(CorruptWeights):
+        store.load(1)
+
+
+@pytest.mark.parametrize("written", range(len(FILES)))
+def test_a_publisher_that_dies_between_files_leaves_no_version(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    class PowerCut(BaseException):
+        pass
+
+    write, calls = weights._write_synced, []
+
+    def write_until_cut(path: pathlib.Path, data: bytes) -> None:
+        if len(calls) == written:
+            path.write_bytes(data[: len(data) // 2])
+            raise PowerCut
+        calls.append(path)
+        write(path, data)
+
+    store = WeightStore(tmp_path)
+    publish(store, seed=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(weights, "_write_synced", write_until_cut)
+        with pytest.raises(PowerCut):
+            publish(store, seed=2)
+    left = list(tmp_path.glob(".scratch-*"))
+    assert len(left) == 1
+    again = WeightStore(tmp_path)
+    assert again.numbers() == [1]
+    assert again.newer_than(1) is None
+    assert publish(again, seed=3).number == 2
+    again.prune(keep=2)
+    assert left[0].exists(), "a young scratch directory may have a living writer"
+    os.utime(left[0], (0, 0))
+    again.prune(keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["v0000000001", "v0000000002"]
+
+
+def test_pruning_keeps_the_newest_and_never_lets_a_number_come_back(tmp_path: pathlib.Path) -> None:
+    store = WeightStore(tmp_path)
+    for seed in range(4):
+        publish(store, seed)
+    assert store.prune(keep=2) == [1, 2]
+    assert store.numbers() == [3, 4]
+    with pytest.raises(VersionMissing, match="no weights version 1"):
+        store.load(1)
+    assert store.prune(keep=1) == [3]
+    assert publish(store).number == 5
+    with pytest.raises(ValueError, match="at least 1"):
+        store.prune(keep=0)
+
+
+def test_a_reader_beside_a_publisher_that_prunes_sees_whole_versions_in_rising_order(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = threading.Event()
+    failures: list[BaseException] = []
+
+    def write() -> None:
+        store = WeightStore(tmp_path)
+        try:
+            for seed in range(1, 60):
+                publish(store, seed)
+                store.prune(keep=1)
+        except OSError as error:
+            failures.append(error)
+        finally:
+            done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    reader, seen = WeightStore(tmp_path), 0
+    while not done.is_set() or seen < 59:
+        assert not failures, failures
+        version = reader.newer_than(seen)
+        if version is not None:
+            assert version.number > seen
+            assert version.manifest.step == version.number
+            assert_same(version.weights, some_weights(version.number))
+            seen = version.number
+    writer.join()
+    assert "corrupt" not in caplog.text
+
+
+def test_a_version_copied_under_another_number_is_not_that_number(tmp_path: pathlib.Path) -> None:
+    store = WeightStore(tmp_path)
+    publish(store)
+    shutil.copytree(tmp_path / "v0000000001", tmp_path / "v0000000009")
+    with pytest.raises(CorruptWeights, match="number 1; expected 1, 9"):
+        store.load(9)
