@@ -1,0 +1,181 @@
+"""Prequential quality: what the model said of each event before it learned from it (law 6).
+
+Normalized entropy (He et al. 2014): mean log loss over the entropy of the mean label, so that 1 is what the
+base rate alone achieves. GAUC: AUC within each user, averaged with the user's events as weights. Calibration:
+predicted positives over actual ones. HR@k: share of events whose item is among the k first retrieved.
+"""
+
+import collections
+import dataclasses
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+EPSILON = 1e-7  # probabilities are kept this far from 0 and 1: one certain mistake must not be infinite
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What was said of N events for A actions, before they were learned from."""
+
+    users: npt.NDArray[np.int64]  # (N,) user keys
+    items: npt.NDArray[np.int64]  # (N,) item keys
+    times: npt.NDArray[np.int64]  # (N,) ms
+    partitions: npt.NDArray[np.int32]  # (N,)
+    offsets: npt.NDArray[np.int64]  # (N,)
+    late: npt.NDArray[np.bool_]  # (N,) placed in the middle of its history
+    labels: npt.NDArray[np.bool_]  # (N, A)
+    probabilities: npt.NDArray[np.float32]  # (N, A)
+    ranks: npt.NDArray[np.int64]  # (N,) 0 is first among all items; -1 where retrieval was not asked
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @classmethod
+    def concat(cls, parts: list["Predictions"]) -> "Predictions":
+        fields = [f.name for f in dataclasses.fields(cls)]
+        return cls(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in fields})
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> "Predictions":
+        return Predictions(**{f.name: getattr(self, f.name)[mask] for f in dataclasses.fields(self)})
+
+
+def log_loss(probabilities: npt.NDArray, labels: npt.NDArray[np.bool_]) -> Floats:
+    """Per element, in nats."""
+    p = np.clip(probabilities.astype(np.float64), EPSILON, 1 - EPSILON)
+    return -np.log(np.where(labels, p, 1 - p))
+
+
+def entropy(rate: float) -> float:
+    """Of a Bernoulli rate, in nats."""
+    if not 0 < rate < 1:
+        return 0.0
+    return -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
+
+
+def gauc(users: npt.NDArray[np.int64], labels: npt.NDArray[np.bool_], scores: npt.NDArray) -> float:
+    """AUC within each user that has both labels, weighted by the user's events; nan where nobody has."""
+    order = np.lexsort((scores, users))
+    users, labels, scores = users[order], labels[order].astype(np.float64), scores[order]
+    if not len(users):
+        return math.nan
+    starts = np.flatnonzero(np.r_[True, users[1:] != users[:-1]])
+    group = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(users)]))
+    # Mid-ranks within the user: ties of a score share the mean of their places.
+    run = np.cumsum(np.r_[True, (users[1:] != users[:-1]) | (scores[1:] != scores[:-1])]) - 1
+    place = np.arange(len(users)) - starts[group] + 1.0
+    mid = (np.bincount(run, place) / np.bincount(run))[run]
+    events = np.bincount(group).astype(np.float64)
+    positives = np.bincount(group, labels)
+    rank_sum = np.bincount(group, labels * mid)
+    mixed = (positives > 0) & (positives < events)
+    if not mixed.any():
+        return math.nan
+    n, p, r = events[mixed], positives[mixed], rank_sum[mixed]
+    return float(np.average((r - p * (p + 1) / 2) / (p * (n - p)), weights=n))
+
+
+class StreamMetrics:
+    """The figures over everything since the start, and over the last `recent` events."""
+
+    def __init__(self, actions: list[str], recent: int = 20_000, hit_at: int = 10) -> None:
+        self._actions = actions
+        self._recent = recent
+        self._hit_at = hit_at
+        self._window: collections.deque[Predictions] = collections.deque()
+        self._in_window = 0
+        self._sums = np.zeros((len(actions), 3))  # log loss, label, probability
+        self.events = 0
+        self.late = 0
+
+    def update(self, predictions: Predictions) -> None:
+        self.late += int(predictions.late.sum())
+        timely = predictions.where(~predictions.late) if predictions.late.any() else predictions
+        if not len(timely):
+            return
+        self.events += len(timely)
+        self._sums += self._sum(timely)
+        self._window.append(timely)
+        self._in_window += len(timely)
+        while self._in_window - len(self._window[0]) >= self._recent:
+            self._in_window -= len(self._window.popleft())
+
+    @staticmethod
+    def _sum(p: Predictions) -> Floats:
+        loss = log_loss(p.probabilities, p.labels)
+        return np.stack([loss.sum(0), p.labels.sum(0), p.probabilities.sum(0, dtype=np.float64)], axis=1)
+
+    def figures(self) -> dict[str, float]:
+        """By name: ne, calibration and gauc per action (recent), ne_total (since the start), hit rate."""
+        out: dict[str, float] = {"events": self.events, "late": self.late}
+        if not self._window:
+            return out
+        recent = Predictions.concat(list(self._window))
+        sums = self._sum(recent)
+        for a, name in enumerate(self._actions):
+            loss, positives, predicted = sums[a]
+            base = entropy(positives / len(recent)) * len(recent)
+            out[f"ne/{name}"] = loss / base if base else math.nan
+            out[f"calibration/{name}"] = predicted / positives if positives else math.nan
+            out[f"gauc/{name}"] = gauc(recent.users, recent.labels[:, a], recent.probabilities[:, a])
+            total_base = entropy(self._sums[a, 1] / self.events) * self.events
+            out[f"ne_total/{name}"] = self._sums[a, 0] / total_base if total_base else math.nan
+        asked = recent.ranks >= 0
+        if asked.any():
+            out[f"hr@{self._hit_at}"] = float((recent.ranks[asked] < self._hit_at).mean())
+        return out
+
+    def state(self) -> dict[str, object]:
+        """What a checkpoint keeps: the totals, and the window as arrays."""
+        window = Predictions.concat(list(self._window)) if self._window else None
+        return {
+            "events": self.events,
+            "late": self.late,
+            "sums": self._sums.tolist(),
+            "window": None if window is None else dataclasses.asdict(window),
+        }
+
+    def load(self, state: dict) -> None:
+        self.events, self.late = state["events"], state["late"]
+        self._sums = np.array(state["sums"], np.float64).reshape(len(self._actions), 3)
+        self._window.clear()
+        if state["window"] is not None:
+            self._window.append(Predictions(**state["window"]))
+        self._in_window = sum(map(len, self._window))
+
+
+def running_rates(
+    users: npt.NDArray[np.int64],
+    items: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.bool_],
+    smoothing: float = 10.0,
+) -> dict[str, Floats]:
+    """The predictors to beat, each from the events before the one it predicts, in stream order: (N,) each.
+
+    `global`: the running mean. `item`: the item's running mean, smoothed towards the global one. `user_item`:
+    the sum of the user's and the item's smoothed deviations from the global rate in log-odds. `smoothing` is in
+    pseudo-events of the global rate.
+    """
+    out = {name: np.empty(len(labels)) for name in ("global", "item", "user_item")}
+    counts: dict[tuple[str, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    positives, events = 1.0, 2.0
+
+    def logit(p: float) -> float:
+        return math.log(p / (1 - p))
+
+    for i, (user, item, label) in enumerate(zip(users.tolist(), items.tolist(), labels.tolist(), strict=True)):
+        rate = positives / events
+        of_item, of_user = counts["item", item], counts["user", user]
+        item_rate = (of_item[0] + smoothing * rate) / (of_item[1] + smoothing)
+        user_rate = (of_user[0] + smoothing * rate) / (of_user[1] + smoothing)
+        out["global"][i] = rate
+        out["item"][i] = item_rate
+        out["user_item"][i] = 1 / (1 + math.exp(logit(rate) - logit(item_rate) - logit(user_rate)))
+        for tally in (of_item, of_user):
+            tally[0] += label
+            tally[1] += 1
+        positives += label
+        events += 1
+    return out
