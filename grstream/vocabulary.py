@@ -1,0 +1,148 @@
+"""The dynamic embedding: a row for every key that was ever trained, and its rowwise Adagrad.
+
+A key without a row has an initial vector that is a function of the key and the seed alone. So a server scores
+an item that no version knows just as the trainer would have predicted it, and ranks that meet a new key at the
+same time give it the same row without talking.
+"""
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from grstream.keys import Keys
+from grstream.keytable import KeyTable
+
+INITIAL_STD = 0.02
+_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64
+
+
+def initial_rows(keys: Keys, dim: int, seed: int) -> torch.Tensor:
+    """Uniform vectors of standard deviation INITIAL_STD drawn by the keys themselves: (n, dim) float32."""
+    counter = np.arange(1, dim + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = keys.view(np.uint64)[:, None] + (counter + np.uint64(seed * _MIX[1] % 2**64))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX[0])
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX[1])
+    x ^= x >> np.uint64(31)
+    unit = (x >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - 1
+    return torch.from_numpy(unit * np.float32(INITIAL_STD * 3**0.5))
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularyState:
+    """All of a vocabulary, in the order of its rows: n keys."""
+
+    keys: Keys  # (n,)
+    rows: npt.NDArray[np.float32]  # (n, dim)
+    squares: npt.NDArray[np.float32]  # (n,) Adagrad's sum of mean squared gradients
+    items: npt.NDArray[np.bool_]  # (n,) the key names an item, and may be retrieved
+    item_names: dict[int, str]  # of items whose ids are strings
+
+
+class Vocabulary:
+    """Keys to embedding rows, growing as keys come. Not thread-safe; a server builds one per version."""
+
+    def __init__(self, dim: int, seed: int = 0) -> None:
+        self.dim = dim
+        self.seed = seed
+        self.item_names: dict[int, str] = {}
+        self._table = KeyTable()
+        self._rows = torch.empty(0, dim)
+        self._squares = torch.empty(0)
+        self._items = np.empty(0, np.bool_)
+        self._keys = np.empty(0, np.int64)
+
+    @classmethod
+    def from_rows(
+        cls,
+        dim: int,
+        seed: int,
+        keys: Keys,  # (n,) distinct
+        rows: npt.NDArray[np.float32],  # (n, dim)
+        items: npt.NDArray[np.bool_] | None = None,  # (n,) default: none is known to be an item
+    ) -> "Vocabulary":
+        vocabulary = cls(dim, seed)
+        vocabulary.admit(keys, np.zeros(len(keys), np.bool_) if items is None else items)
+        vocabulary._rows[: len(keys)] = torch.from_numpy(np.array(rows))
+        return vocabulary
+
+    @classmethod
+    def from_state(cls, state: VocabularyState, seed: int) -> "Vocabulary":
+        vocabulary = cls.from_rows(state.rows.shape[1], seed, state.keys, state.rows, state.items)
+        vocabulary._squares[: len(state.keys)] = torch.from_numpy(np.array(state.squares))
+        vocabulary.item_names = dict(state.item_names)
+        return vocabulary
+
+    def state(self) -> VocabularyState:
+        """A copy, which later updates do not touch."""
+        n = len(self)
+        return VocabularyState(
+            keys=self._keys[:n].copy(),
+            rows=self._rows[:n].numpy().copy(),
+            squares=self._squares[:n].numpy().copy(),
+            items=self._items[:n].copy(),
+            item_names=dict(self.item_names),
+        )
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def lookup(self, keys: Keys) -> npt.NDArray[np.int64]:
+        """The row of each key, -1 where it has none: (n,)."""
+        return self._table.find(keys)
+
+    def admit(self, keys: Keys, items: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """The row of each of these distinct keys; a new key gets the next row. `items`: which name an item."""
+        rows = self._table.find(keys)
+        new = rows < 0
+        if new.any():
+            first = len(self)
+            rows[new] = self._table.insert(keys[new])
+            self._reserve(len(self))
+            self._rows[first : len(self)] = initial_rows(keys[new], self.dim, self.seed)
+            self._squares[first : len(self)] = 0
+            self._items[rows[new]] = items[new]
+            self._keys[rows[new]] = keys[new]
+        return rows
+
+    def gather(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """A copy of these rows: (n, dim)."""
+        return self._rows[torch.from_numpy(rows)]
+
+    def vectors(self, keys: Keys) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+        """The vector of each key, and whether it has a row: (n, dim) and (n,)."""
+        rows = self._table.find(keys)
+        known = rows >= 0
+        if known.all():
+            return self.gather(rows), known
+        out = torch.empty(len(keys), self.dim)
+        out[torch.from_numpy(known)] = self.gather(rows[known])
+        out[torch.from_numpy(~known)] = initial_rows(keys[~known], self.dim, self.seed)
+        return out, known
+
+    def item_rows(self) -> npt.NDArray[np.int64]:
+        """The rows of all items, ascending: (n,)."""
+        return np.flatnonzero(self._items[: len(self)])
+
+    def keys_of(self, rows: npt.NDArray[np.int64]) -> Keys:
+        return self._keys[rows]
+
+    def update(self, rows: npt.NDArray[np.int64], gradient: torch.Tensor, learning_rate: float) -> None:
+        """Rowwise Adagrad: one accumulator a row, of the mean squared gradient. Rows are distinct."""
+        at = torch.from_numpy(rows)
+        squares = self._squares[at] + gradient.square().mean(1)
+        self._squares[at] = squares
+        scale = learning_rate / squares.clamp(min=1e-20).sqrt()
+        self._rows[at] -= scale[:, None] * gradient
+
+    def _reserve(self, n: int) -> None:
+        held = len(self._keys)
+        if n <= held:
+            return
+        size = max(1024, n, held * 3 // 2)
+        rows, squares = torch.empty(size, self.dim), torch.empty(size)
+        rows[:held], squares[:held] = self._rows, self._squares
+        self._rows, self._squares = rows, squares
+        self._items = np.resize(self._items, size)
+        self._keys = np.resize(self._keys, size)

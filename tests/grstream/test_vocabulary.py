@@ -1,0 +1,96 @@
+"""Embedding rows belong to their keys, whatever order they came in."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grstream.keys import INT64_MAX, INT64_MIN
+from grstream.vocabulary import INITIAL_STD, Vocabulary, initial_rows
+
+key_sets = st.lists(st.integers(INT64_MIN, INT64_MAX), min_size=1, max_size=30, unique=True)
+
+
+def no_items(keys: np.ndarray) -> np.ndarray:
+    return np.zeros(len(keys), bool)
+
+
+@given(keys=key_sets, seed=st.integers(0, 5), order=st.randoms())
+def test_a_key_starts_from_its_own_vector_whenever_it_comes(keys, seed, order) -> None:
+    shuffled = keys[:]
+    order.shuffle(shuffled)
+    vocabulary = Vocabulary(4, seed)
+    for key in shuffled:
+        vocabulary.admit(np.array([key]), no_items(np.array([key])))
+    got, known = vocabulary.vectors(np.array(keys))
+    assert known.all()
+    fresh, unknown = Vocabulary(4, seed).vectors(np.array(keys))
+    assert not unknown.any()
+    assert torch.equal(got, fresh)
+
+
+@given(keys=key_sets, more=key_sets)
+def test_growing_leaves_trained_rows_as_they_are(keys, more) -> None:
+    vocabulary = Vocabulary(4)
+    held = np.array(keys)
+    rows = vocabulary.admit(held, no_items(held))
+    vocabulary.update(rows, torch.ones(len(rows), 4), 0.1)
+    before = vocabulary.gather(rows)
+    extra = np.array(more)
+    vocabulary.admit(extra, no_items(extra))
+    assert torch.equal(vocabulary.vectors(held)[0], before)
+    assert vocabulary.lookup(held).tolist() == rows.tolist()
+
+
+def test_many_keys_keep_their_rows() -> None:
+    keys = np.random.default_rng(0).integers(INT64_MIN, INT64_MAX, 50_000)
+    vocabulary = Vocabulary(2)
+    for part in np.array_split(np.unique(keys), 37):
+        vocabulary.admit(part, part % 2 == 0)
+    assert torch.equal(vocabulary.vectors(keys)[0], initial_rows(keys, 2, 0))
+    assert (vocabulary.keys_of(vocabulary.item_rows()) % 2 == 0).all()
+
+
+def test_adagrad_is_rowwise_and_only_for_touched_rows() -> None:
+    vocabulary = Vocabulary(2)
+    keys = np.array([1, 2])
+    rows = vocabulary.admit(keys, no_items(keys))
+    start = vocabulary.gather(rows)
+    gradient = torch.tensor([[3.0, 4.0]])
+    total = 0.0
+    for _ in range(3):
+        before = vocabulary.gather(rows[:1])
+        vocabulary.update(rows[:1], gradient, 0.1)
+        total += 12.5
+        expected = before - 0.1 * gradient / total**0.5
+        assert vocabulary.gather(rows[:1]) == pytest.approx(expected.numpy(), rel=1e-5)
+    assert torch.equal(vocabulary.gather(rows[1:]), start[1:])
+    vocabulary.update(rows[1:], torch.zeros(1, 2), 0.1)
+    assert torch.equal(vocabulary.gather(rows[1:]), start[1:]), "no gradient, no change"
+
+
+def test_restored_state_goes_on_the_same() -> None:
+    keys = np.array([5, -7, 11])
+    one = Vocabulary(3, seed=4)
+    rows = one.admit(keys, np.array([True, False, True]))
+    one.item_names[5] = "five"
+    one.update(rows, torch.ones(3, 3), 0.1)
+    other = Vocabulary.from_state(one.state(), seed=4)
+    for vocabulary in (one, other):
+        vocabulary.update(rows, torch.full((3, 3), 0.5), 0.1)
+    a, b = one.state(), other.state()
+    assert np.array_equal(a.rows, b.rows)
+    assert np.array_equal(a.squares, b.squares)
+    assert np.array_equal(a.items, b.items)
+    assert a.item_names == b.item_names == {5: "five"}
+
+
+def test_initial_vectors_have_the_stated_spread_and_differ_by_seed() -> None:
+    keys = np.arange(4_000)
+    rows = initial_rows(keys, 16, 0)
+    assert rows.std().item() == pytest.approx(INITIAL_STD, rel=0.02)
+    assert abs(rows.mean().item()) < INITIAL_STD / 50
+    assert not torch.equal(rows, initial_rows(keys, 16, 1))
+    correlation = np.corrcoef(rows.numpy().T) - np.eye(16)
+    assert np.abs(correlation).max() < 0.1
