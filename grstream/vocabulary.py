@@ -1,8 +1,8 @@
 """The dynamic embedding: a row for every key that was ever trained, and its rowwise Adagrad.
 
-A key without a row has an initial vector that is a function of the key and the seed alone. So a server scores
-an item that no version knows just as the trainer would have predicted it, and ranks that meet a new key at the
-same time give it the same row without talking.
+A key without a row has an initial vector that is a function of the key and the seed alone. So a server
+scores an item that no version knows just as the trainer would have predicted it, and ranks that meet a new
+key at the same time give it the same row without talking.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ class Vocabulary:
         return self._table.find(keys)
 
     def admit(self, keys: Keys, items: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-        """The row of each of these distinct keys; a new key gets the next row. `items`: which name an item."""
+        """The rows of distinct keys; a new key gets the next row. `items`: which of them name an item."""
         rows = self._table.find(keys)
         new = rows < 0
         if new.any():

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from grstream.metrics import Predictions, StreamMetrics, entropy, gauc, log_loss, running_rates
 
 
-def predictions(labels: list[bool], probabilities: list[float], users: list[int] | None = None) -> Predictions:
+def predictions(
+    labels: list[bool], probabilities: list[float], users: list[int] | None = None
+) -> Predictions:
     n = len(labels)
     zeros = np.zeros(n, np.int64)
     return Predictions(
@@ -26,7 +28,9 @@ def predictions(labels: list[bool], probabilities: list[float], users: list[int]
     )
 
 
-rows = st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.sampled_from([0.1, 0.4, 0.5, 0.9])), max_size=40)
+rows = st.lists(
+    st.tuples(st.integers(0, 3), st.booleans(), st.sampled_from([0.1, 0.4, 0.5, 0.9])), max_size=40
+)
 
 
 @given(rows)
