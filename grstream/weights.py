@@ -8,15 +8,12 @@ covers the manifest. Numbers only go up. Neither Ray nor Kafka is imported here.
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
 import os
 import pathlib
 import re
-import secrets
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -27,6 +24,7 @@ import pydantic
 import safetensors
 import safetensors.numpy
 
+from grstream import directories
 from grstream.config import Config, ModelConfig
 from grstream.keys import Id, Keys, Namespace, ints_of_keys
 
@@ -35,9 +33,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1  # of a version's files; a reader refuses another
 MANIFEST, MANIFEST_DIGEST = "manifest.json", "manifest.sha256"
 DENSE, ROWS, NAMES = "dense.safetensors", "rows.safetensors", "item_names.json"
-STALE_S = 3600.0  # a half-written or half-deleted directory older than this has lost its writer
 _VERSION = re.compile(r"v(\d{10})")
-_SCRATCH = ".scratch-"
 
 
 class WeightsError(RuntimeError):
@@ -147,13 +143,17 @@ class WeightSource(Protocol):
         """The newest good version above `number`, or None."""
         ...
 
+    def reject(self, number: int) -> None:
+        """Never give this version again: it turned out not to be usable."""
+        ...
+
 
 class WeightStore:
     """Versions in a directory of shared storage. One process publishes and prunes; any number read."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = pathlib.Path(directory)
-        self._corrupt: set[int] = set()  # immutable, so once corrupt always corrupt: read and reported once
+        self._rejected: set[int] = set()  # immutable, so once bad always bad: read and reported once
 
     def publish(
         self,
@@ -169,7 +169,6 @@ class WeightStore:
 
         Raises VersionExists unless `number` is above all the store's numbers.
         """
-        self._directory.mkdir(parents=True, exist_ok=True)
         newest = max(self.numbers(), default=0)
         number = newest + 1 if number is None else number
         if number <= newest:
@@ -186,19 +185,12 @@ class WeightStore:
         )
         files[MANIFEST] = manifest.model_dump_json(indent=1).encode()
         files[MANIFEST_DIGEST] = _digest_line(files[MANIFEST])
-        scratch = self._scratch(number)
-        scratch.mkdir()
         try:
-            for name, data in files.items():
-                _write_synced(scratch / name, data)
-            _sync(scratch)
-            os.rename(scratch, self._path(number))
-        except OSError as error:
-            shutil.rmtree(scratch, ignore_errors=True)
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-                raise VersionExists(f"cannot publish version {number}: another publisher just did") from error
-            raise
-        _sync(self._directory)
+            with directories.appearing(self._path(number)) as scratch:
+                for name, data in files.items():
+                    _write(scratch / name, data)
+        except directories.DirectoryExists as error:
+            raise VersionExists(f"cannot publish version {number}: another publisher just did") from error
         return manifest
 
     def numbers(self) -> list[int]:
@@ -236,16 +228,20 @@ class WeightStore:
         for candidate in reversed(self.numbers()):
             if candidate <= number:
                 return None
-            if candidate in self._corrupt:
+            if candidate in self._rejected:
                 continue
             try:
                 return self.load(candidate)
             except CorruptWeights as error:
-                self._corrupt.add(candidate)
+                self.reject(candidate)
                 logger.error("%s; it is not served", error)
             except VersionMissing:  # pruned since it was listed, so newer ones are there by the next call
                 logger.info("weights version %d was pruned while it was being read", candidate)
         return None
+
+    def reject(self, number: int) -> None:
+        """Have `newer_than` pass over this version."""
+        self._rejected.add(number)
 
     def prune(self, keep: int) -> list[int]:
         """Delete all but the newest `keep` versions and what dead writers left; the numbers deleted.
@@ -256,19 +252,12 @@ class WeightStore:
             raise ValueError(f"keep must be at least 1, or numbers could be given twice; got {keep}")
         gone = self.numbers()[:-keep]
         for number in gone:
-            scratch = self._scratch(number)
-            os.rename(self._path(number), scratch)
-            shutil.rmtree(scratch)
-        for left in self._directory.glob(f"{_SCRATCH}*"):
-            if time.time() - left.stat().st_mtime > STALE_S:
-                shutil.rmtree(left, ignore_errors=True)
+            directories.disappear(self._path(number))
+        directories.sweep(self._directory)
         return gone
 
     def _path(self, number: int) -> pathlib.Path:
         return self._directory / f"v{number:010d}"
-
-    def _scratch(self, number: int) -> pathlib.Path:
-        return self._directory / f"{_SCRATCH}{number}-{secrets.token_hex(8)}"
 
     def _read(self, number: int, name: str) -> bytes:
         try:
@@ -315,16 +304,5 @@ def _digest_line(manifest: bytes) -> bytes:
     return f"{_sha256(manifest)}  {MANIFEST}\n".encode()
 
 
-def _write_synced(path: pathlib.Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: pathlib.Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write(path: pathlib.Path, data: bytes) -> None:
+    path.write_bytes(data)

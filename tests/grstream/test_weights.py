@@ -2,6 +2,7 @@ import logging
 import os
 import pathlib
 import shutil
+import signal
 import threading
 
 import numpy as np
@@ -161,27 +162,24 @@ def test_one_flipped_bit_anywhere_is_noticed(
 
 
 @pytest.mark.parametrize("written", range(len(FILES)))
-def test_a_publisher_that_dies_between_files_leaves_no_version(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, written: int
-) -> None:
-    class PowerCut(BaseException):
-        pass
-
-    write, calls = weights._write_synced, []
-
-    def write_until_cut(path: pathlib.Path, data: bytes) -> None:
-        if len(calls) == written:
-            path.write_bytes(data[: len(data) // 2])
-            raise PowerCut
-        calls.append(path)
-        write(path, data)
-
+def test_a_publisher_that_dies_between_files_leaves_no_version(tmp_path: pathlib.Path, written: int) -> None:
     store = WeightStore(tmp_path)
     publish(store, seed=1)
-    with monkeypatch.context() as patched:
-        patched.setattr(weights, "_write_synced", write_until_cut)
-        with pytest.raises(PowerCut):
-            publish(store, seed=2)
+    child = os.fork()
+    if not child:
+        write, calls = weights._write, []
+
+        def write_until_killed(path: pathlib.Path, data: bytes) -> None:
+            if len(calls) == written:
+                path.write_bytes(data[: len(data) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls.append(path)
+            write(path, data)
+
+        weights._write = write_until_killed
+        publish(store, seed=2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     left = list(tmp_path.glob(".scratch-*"))
     assert len(left) == 1
     again = WeightStore(tmp_path)
@@ -247,3 +245,13 @@ def test_a_version_copied_under_another_number_is_not_that_number(tmp_path: path
     shutil.copytree(tmp_path / "v0000000001", tmp_path / "v0000000009")
     with pytest.raises(CorruptWeights, match="number 1; expected 1, 9"):
         store.load(9)
+
+
+def test_a_version_that_a_reader_rejects_is_passed_over_for_an_older_one(tmp_path: pathlib.Path) -> None:
+    store = WeightStore(tmp_path)
+    publish(store)
+    publish(store)
+    store.reject(2)
+    assert store.newer_than(0).number == 1
+    assert store.newer_than(1) is None
+    assert WeightStore(tmp_path).newer_than(0).number == 2
