@@ -1,0 +1,69 @@
+"""The offsets that consumer groups have committed: JSON lines, the last of a partition counts."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from grstream.broker.errors import CorruptLog
+
+
+class Committed(NamedTuple):
+    offset: int
+    metadata: str | None
+
+
+Partition = tuple[str, int]  # topic and index
+
+
+class CommittedOffsets:
+    """Written before acknowledged, like the logs; the file is rewritten without the past at each start."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._groups: dict[str, dict[Partition, Committed]] = {}
+        if path.exists():
+            self._load(path)
+        scratch = path.with_suffix(".jsonl~")
+        scratch.write_text(
+            "".join(_line(g, p, c) for g, held in self._groups.items() for p, c in held.items())
+        )
+        scratch.replace(path)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def commit(self, group: str, offsets: Mapping[Partition, Committed]) -> None:
+        os.write(self._file, "".join(_line(group, p, c) for p, c in offsets.items()).encode())
+        self._groups.setdefault(group, {}).update(offsets)
+
+    def of(self, group: str) -> Mapping[Partition, Committed]:
+        return self._groups.get(group, {})
+
+    def groups(self) -> list[str]:
+        return list(self._groups)
+
+    def forget_topic(self, topic: str) -> None:
+        """A topic was deleted: what was committed for it must not be found by another of its name."""
+        gone = [(g, p) for g, held in self._groups.items() for p in held if p[0] == topic]
+        os.write(self._file, "".join(_line(g, p, None) for g, p in gone).encode())
+        for group, partition in gone:
+            del self._groups[group][partition]
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _load(self, path: pathlib.Path) -> None:
+        *lines, _torn = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                group, topic, index, offset, metadata = json.loads(line)
+            except ValueError as error:
+                raise CorruptLog(f"{path}, line {number}, is not a committed offset: {error}") from error
+            held = self._groups.setdefault(group, {})
+            if offset is None:
+                held.pop((topic, index), None)
+            else:
+                held[topic, index] = Committed(offset, metadata)
+
+
+def _line(group: str, partition: Partition, committed: Committed | None) -> str:
+    return json.dumps([group, *partition, *(committed or (None, None))]) + "\n"

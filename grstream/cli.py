@@ -1,0 +1,59 @@
+"""The `grstream` command. A subcommand is a function below with its parser in `_parser`."""
+
+import argparse
+import logging
+import pathlib
+import signal
+import sys
+from collections.abc import Sequence
+
+from grstream.broker import Broker, BrokerError
+from grstream.broker.server import DEFAULT_PARTITIONS, DEFAULT_PORT
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    status: int = options.run(options)
+    return status
+
+
+def broker(options: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT; prints `ready HOST:PORT` when connections are accepted."""
+    try:
+        serving = Broker(options.dir, options.port, options.host, options.partitions)
+    except BrokerError as error:
+        print(f"grstream broker: {error}", file=sys.stderr)
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: serving.stop())
+    print(f"ready {serving.bootstrap}", flush=True)
+    serving.serve_forever()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grstream", description="A generative recommender on a live stream."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "broker",
+        help="a development Kafka broker: one node, persistent, loopback only",
+        description="A single-node development broker that speaks the Kafka protocol. It is not Kafka: no "
+        "replication, retention, transactions or authentication.",
+    )
+    command.add_argument("--dir", type=pathlib.Path, required=True, help="where topics are kept")
+    command.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one (%(default)s)")
+    command.add_argument("--host", default="127.0.0.1", help="a loopback address (%(default)s)")
+    command.add_argument(
+        "--partitions", type=int, default=DEFAULT_PARTITIONS, help="of topics created unasked (%(default)s)"
+    )
+    command.set_defaults(run=broker)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
