@@ -1,0 +1,304 @@
+"""HSTU, the encoder and its heads (Zhai et al. 2024, section 3): no Ray, no Kafka, no vocabulary.
+
+    x̂          = LayerNorm(x)
+    u, v, q, k = split(SiLU(x̂ W + β))
+    o_i        = Σ_{j ∈ S(i)} SiLU(α q_i·k_j + b(i, j)) v_j          (kernels.attention)
+    y          = x + dropout((LayerNorm(o) ⊙ u) W_o)
+
+Three faces of one computation, equal within 1e-5 in fp32: `forward` encodes whole sequences (training),
+`extend` grows a cache of keys and values by new memory tokens, and `score` runs query tokens against a cache.
+What a cache holds depends on tokens and times before, never on the time of the request.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels import POSITION_BUCKETS, TIME_BUCKETS, Sight, attention, jagged
+
+if TYPE_CHECKING:  # one brings pydantic, which a bare GPU machine need not have
+    from grstream.config import ModelConfig
+    from grstream.tokens import Tokens
+
+LAYER_NORM_EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+    memory: Tensor  # (M, d), or (N, d) of the memory tokens that were asked for
+    query: Tensor  # (Q, d)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cache:
+    """What the encoder keeps of S sequences' M memory tokens, to extend them and to score against them."""
+
+    lengths: Tensor  # (S,) int64
+    times: Tensor  # (M,) int64 milliseconds
+    layers: tuple[
+        tuple[Tensor, Tensor], ...
+    ]  # per layer k (M, H, d_qk) and v (M, H, d_v), in the model's dtype
+    newest: Tensor  # (S, d): the newest memory token encoded, HSTU.start where there is none
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.lengths, self.times, self.newest, *(array for layer in self.layers for array in layer))
+        return sum(array.numel() * array.element_size() for array in arrays)
+
+    @staticmethod
+    def concat(caches: Sequence["Cache"]) -> "Cache":
+        """The sequences of several caches, in order, as one. Raises ValueError when there are none."""
+        if not caches:
+            raise ValueError("no caches to join; HSTU.empty_cache(0) makes one without sequences")
+        if len(caches) == 1:
+            return caches[0]
+        layers = zip(*(cache.layers for cache in caches), strict=True)
+        return Cache(
+            lengths=torch.cat([cache.lengths for cache in caches]),
+            times=torch.cat([cache.times for cache in caches]),
+            layers=tuple((torch.cat([k for k, _ in of]), torch.cat([v for _, v in of])) for of in layers),
+            newest=torch.cat([cache.newest for cache in caches]),
+        )
+
+    def split(self) -> list["Cache"]:
+        """One cache a sequence. They are copies: a view would keep every user's keys alive as long as one."""
+        sizes = self.lengths.tolist()
+        layers = [(k.split(sizes), v.split(sizes)) for k, v in self.layers]
+        return [
+            Cache(
+                lengths=self.lengths[s : s + 1].clone(),
+                times=times.clone(),
+                layers=tuple((k[s].clone(), v[s].clone()) for k, v in layers),
+                newest=self.newest[s : s + 1].clone(),
+            )
+            for s, times in enumerate(self.times.split(sizes))
+        ]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Projected:
+    """A layer's projections of R rows."""
+
+    u: Tensor  # (R, H · d_v)
+    v: Tensor  # (R, H, d_v)
+    q: Tensor  # (R, H, d_qk)
+    k: Tensor  # (R, H, d_qk)
+
+
+class Layer(nn.Module):
+    """One HSTU layer. Its projection's columns are k, v, q, u, so that keys and values are one slice."""
+
+    def __init__(self, config: "ModelConfig") -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qk = config.qk_dim or config.dim // config.heads
+        self.v = config.v_dim or config.dim // config.heads
+        self.reduced = torch.bfloat16 if config.dtype == "bfloat16" else None
+        columns = config.heads * (2 * self.qk + 2 * self.v)
+        self.norm = nn.LayerNorm(config.dim, LAYER_NORM_EPSILON)
+        self.project_in = nn.Linear(config.dim, columns)
+        self.position_bias = nn.Parameter(torch.zeros(POSITION_BUCKETS, config.heads))
+        self.time_bias = nn.Parameter(torch.zeros(TIME_BUCKETS, config.heads))
+        self.norm_out = nn.LayerNorm(config.heads * self.v, LAYER_NORM_EPSILON)
+        self.project_out = nn.Linear(config.heads * self.v, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.xavier_uniform_(self.project_in.weight)
+        nn.init.zeros_(self.project_in.bias)
+        nn.init.xavier_uniform_(self.project_out.weight)
+
+    def project(self, x: Tensor) -> _Projected:
+        """u, v, q, k of the rows x (R, d)."""
+        h, qk, v = self.heads, self.heads * self.qk, self.heads * self.v
+        out = F.silu(self._linear(self.norm(x), self.project_in.weight, self.project_in.bias))
+        k_, v_, q_, u_ = out.split((qk, v, qk, v), 1)
+        return _Projected(u_, v_.unflatten(1, (h, -1)), q_.unflatten(1, (h, -1)), k_.unflatten(1, (h, -1)))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v alone, of rows that nobody reads out."""
+        h, qk, v = self.heads, self.heads * self.qk, self.heads * self.v
+        weight, bias = self.project_in.weight[: qk + v], self.project_in.bias[: qk + v]
+        k_, v_ = F.silu(self._linear(self.norm(x), weight, bias)).split((qk, v), 1)
+        return k_.unflatten(1, (h, -1)), v_.unflatten(1, (h, -1))
+
+    def attend(self, x: Tensor, row: _Projected, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+        """The layer's output for the rows x (R, d), seeing memory k, v as `sight` says."""
+        alpha = self.qk**-0.5
+        o = attention(row.q, k, v, row.k, row.v, sight, self.position_bias, self.time_bias, alpha)
+        gated = self.norm_out(o.flatten(1)) * row.u
+        return x + self.dropout(self._linear(gated, self.project_out.weight, None)).to(x.dtype)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.reduced is None:
+            return F.linear(x, weight, bias)
+        return F.linear(
+            x.to(self.reduced), weight.to(self.reduced), None if bias is None else bias.to(self.reduced)
+        )
+
+
+class HSTU(nn.Module):
+    """The encoder with its ranking and retrieval heads, for `actions` configured actions."""
+
+    def __init__(self, config: "ModelConfig", actions: int) -> None:
+        super().__init__()
+        d = config.dim
+        layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = cast(Sequence[Layer], layers)
+        self.actions = nn.Parameter(torch.randn(actions, d) * d**-0.5)
+        self.memory_type = nn.Parameter(torch.randn(d) * d**-0.5)
+        self.query_type = nn.Parameter(torch.randn(d) * d**-0.5)
+        self.start = nn.Parameter(torch.randn(d) * d**-0.5)  # stands for the newest token of an empty history
+        self.ranking = nn.Sequential(
+            nn.LayerNorm(d, LAYER_NORM_EPSILON), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, actions)
+        )
+        self.retrieval = nn.Sequential(nn.LayerNorm(d, LAYER_NORM_EPSILON), nn.Linear(d, d))
+
+    # The three faces ------------------------------------------------------------------------------------
+
+    def forward(self, tokens: "Tokens", readout: Tensor | None = None) -> Encoded:
+        """Encode whole sequences. `readout` (N,) int64 names the memory tokens wanted, -1 the start vector.
+
+        Without it all are encoded to the end; with it the last layer computes all keys and values, but only
+        the rows named.
+        """
+        memory, query = self._memory(tokens), self._query(tokens)
+        sight = self._own_sight(tokens)
+        seen_by_queries = Sight(
+            tokens.memory_lengths,
+            tokens.memory_times,
+            tokens.query_lengths,
+            tokens.query_prefix,
+            tokens.query_times,
+        )
+        *lower, last = self.layers
+        for layer in lower:
+            row = layer.project(memory)
+            memory, query = (
+                layer.attend(memory, row, row.k, row.v, sight),
+                layer.attend(query, layer.project(query), row.k, row.v, seen_by_queries),
+            )
+        if readout is None:
+            row = last.project(memory)
+            k, v = row.k, row.v
+            memory = last.attend(memory, row, k, v, sight)
+        else:
+            k, v = last.keys_values(memory)
+            memory = self._read_out(memory, readout, k, v, sight)
+        return Encoded(memory, last.attend(query, last.project(query), k, v, seen_by_queries))
+
+    def extend(self, cache: Cache | None, tokens: "Tokens") -> Cache:
+        """The cache grown by each sequence's new memory tokens; from None it is the prefill.
+
+        The new tokens of a sequence stand behind all its tokens in the cache. Raises ValueError when the
+        numbers of sequences differ or there are query tokens.
+        """
+        if len(tokens.query_times):
+            raise ValueError("extend takes memory tokens alone; query tokens go to score")
+        cache = cache or self.empty_cache(len(tokens.memory_lengths))
+        if len(cache.lengths) != len(tokens.memory_lengths):
+            raise ValueError(
+                f"{len(tokens.memory_lengths)} sequences cannot extend a cache of {len(cache.lengths)}"
+            )
+        new, old = tokens.memory_lengths, cache.lengths
+        lengths = old + new
+        owner = jagged.owners(new, len(tokens.memory_times))
+        prefix = old[owner] + jagged.positions(new, len(tokens.memory_times))
+        order = _merged(old, new) if len(old) > 1 and len(cache.times) else None
+
+        def merge(before: Tensor, after: Tensor) -> Tensor:
+            joined = torch.cat((before, after)) if len(before) else after
+            return joined if order is None else joined.index_select(0, order)
+
+        sight = Sight(lengths, merge(cache.times, tokens.memory_times), new, prefix, tokens.memory_times)
+        memory = self._memory(tokens)
+        kept: list[tuple[Tensor, Tensor]] = []
+        *lower, last = self.layers
+        for layer, (k, v) in zip(lower, cache.layers, strict=False):
+            row = layer.project(memory)
+            kept.append((merge(k, row.k), merge(v, row.v)))
+            memory = layer.attend(memory, row, *kept[-1], sight)
+        k, v = last.keys_values(memory)
+        kept.append((merge(cache.layers[-1][0], k), merge(cache.layers[-1][1], v)))
+        grown = new.nonzero().squeeze(1)
+        newest = self._read_out(memory, torch.cumsum(new, 0)[grown] - 1, *kept[-1], sight)
+        return Cache(lengths, sight.memory_times, tuple(kept), cache.newest.index_copy(0, grown, newest))
+
+    def score(self, cache: Cache, tokens: "Tokens") -> Tensor:
+        """Query tokens against the cache of their sequences: (Q, d). Raises ValueError as `extend` does."""
+        if len(tokens.memory_times):
+            raise ValueError("score takes query tokens alone; memory tokens go to extend")
+        if len(cache.lengths) != len(tokens.query_lengths):
+            raise ValueError(
+                f"queries of {len(tokens.query_lengths)} sequences do not fit a cache of {len(cache.lengths)}"
+            )
+        sight = Sight(
+            cache.lengths, cache.times, tokens.query_lengths, tokens.query_prefix, tokens.query_times
+        )
+        query = self._query(tokens)
+        for layer, (k, v) in zip(self.layers, cache.layers, strict=True):
+            query = layer.attend(query, layer.project(query), k, v, sight)
+        return query
+
+    def empty_cache(self, sequences: int) -> Cache:
+        """The cache of sequences without any token."""
+        lengths = torch.zeros(sequences, dtype=torch.int64, device=self.start.device)
+        nothing = tuple(layer.keys_values(self.start[None, :][:0]) for layer in self.layers)
+        return Cache(lengths, lengths[:0], nothing, self.start.expand(sequences, -1))
+
+    # The heads ------------------------------------------------------------------------------------------
+
+    def action_logits(self, query: Tensor) -> Tensor:
+        """Query tokens' outputs (Q, d) to a logit per action: (Q, A)."""
+        return self.ranking(query)
+
+    def user_vectors(self, memory: Tensor) -> Tensor:
+        """Outputs at newest memory tokens, or `start`, (U, d) to unit vectors for retrieval: (U, d)."""
+        return F.normalize(self.retrieval(memory), dim=-1)
+
+    def item_vectors(self, items: Tensor) -> Tensor:
+        """Vocabulary vectors (N, d) to unit vectors for retrieval: (N, d)."""
+        return F.normalize(items, dim=-1)
+
+    # Tokens to rows -------------------------------------------------------------------------------------
+
+    def _memory(self, tokens: "Tokens") -> Tensor:
+        bits = torch.arange(len(self.actions), device=tokens.memory_actions.device)
+        taken = (tokens.memory_actions.unsqueeze(1) >> bits) & 1  # (M, A)
+        return tokens.memory_items + (self.memory_type + taken.to(self.actions.dtype) @ self.actions)
+
+    def _query(self, tokens: "Tokens") -> Tensor:
+        return tokens.query_items + self.query_type
+
+    @staticmethod
+    def _own_sight(tokens: "Tokens") -> Sight:
+        """Each memory token sees those before it."""
+        lengths, times = tokens.memory_lengths, tokens.memory_times
+        return Sight(lengths, times, lengths, jagged.positions(lengths, len(times)), times)
+
+    def _read_out(self, memory: Tensor, readout: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+        """The last layer at some rows of `sight`, -1 being the start vector: (N, d)."""
+        rows, place = torch.unique(
+            readout.clamp(min=0), return_inverse=True
+        )  # ascending: packed as sequences are
+        if not len(memory):
+            return self.start.expand(len(readout), -1)
+        owner = jagged.owners(sight.row_lengths, len(sight.row_prefix))[rows]
+        chosen = Sight(
+            memory_lengths=sight.memory_lengths,
+            memory_times=sight.memory_times,
+            row_lengths=torch.bincount(owner, minlength=len(sight.row_lengths)),
+            row_prefix=sight.row_prefix[rows],
+            row_times=sight.row_times[rows],
+        )
+        x, last = memory[rows], self.layers[-1]
+        out = last.attend(x, last.project(x), k, v, chosen)[place]
+        return torch.where((readout >= 0).unsqueeze(1), out, self.start)
+
+
+def _merged(old: Tensor, new: Tensor) -> Tensor:
+    """Where each token of the joined sequences lies in all the old tokens followed by all the new: (M,)."""
+    sources = torch.cat((jagged.owners(old), jagged.owners(new)))
+    return torch.sort(sources, stable=True).indices

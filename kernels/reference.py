@@ -1,0 +1,252 @@
+"""HSTU's attention in plain PyTorch: the definition that every other implementation is tested against.
+
+    o_i = Σ_{j < prefix_i} SiLU(α q_i·k_j + b(i, j)) v_j  +  SiLU(α q_i·k_self_i + b(i, i)) v_self_i
+
+(Zhai et al. 2024, section 3.1, equation 2, without the division by the length.) Rows run in padded blocks:
+sequences of similar size side by side, so that the number of PyTorch operations grows with the pairs of
+tokens and not with the users. A padded pair has a bias so low that SiLU and its derivative are exactly 0
+there, so nothing in a row's sum depends on its block (law 2). Narrow inputs are widened to the tables' dtype.
+
+Works on any device and in float64; differentiable in q, k, v, k_self, v_self and both tables. It keeps the
+scores for the backward pass: 12 bytes a visible pair and head.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels import jagged
+from kernels.buckets import POSITION_BUCKETS, TIME_BUCKETS, TIME_OFFSET, TIME_SHIFT, position_bucket
+from kernels.sight import Sight
+
+BLOCK_PAIRS = 1 << 18  # pairs of a block: one head's scores are 1 MiB of fp32, which a core's L2 cache holds
+BLOCK_ROWS = 64  # rows of a sequence in one block: later memory than the last row's is not computed
+WASTE_SHARE = 0.15  # padded pairs a block may carry per real one
+WASTE_PAIRS = 1 << 14  # and in any case: computing them takes less time than another block's PyTorch calls
+UNSEEN = -1e30  # bias of a pair out of sight: x · sigmoid(x) and its derivative are 0 in every float type
+
+
+def attention(
+    q: Tensor,  # (R, H, d_qk)
+    k: Tensor,  # (M, H, d_qk)
+    v: Tensor,  # (M, H, d_v)
+    k_self: Tensor,  # (R, H, d_qk)
+    v_self: Tensor,  # (R, H, d_v)
+    sight: Sight,
+    position_bias: Tensor,  # (POSITION_BUCKETS, H)
+    time_bias: Tensor,  # (TIME_BUCKETS, H)
+    alpha: float,
+) -> Tensor:  # (R, H, d_v) in the tables' dtype
+    wide = position_bias.dtype
+    q, k, v, k_self, v_self = (x.to(wide) for x in (q, k, v, k_self, v_self))
+    own = F.silu(alpha * (q * k_self).sum(-1) + position_bias[0] + time_bias[0])  # (R, H)
+    o = own.unsqueeze(-1) * v_self
+    plan = sight.planned(_plan)
+    if not plan.blocks:
+        return o
+    tables = _pair_tables(position_bias, time_bias)
+    qs = _Reorder.apply(q, plan.to_blocks, plan.from_blocks).split(plan.block_rows)
+    ks = _Reorder.apply(k, plan.to_groups, plan.from_groups).split(plan.group_memory)
+    vs = _Reorder.apply(v, plan.to_groups, plan.from_groups).split(plan.group_memory)
+    outputs = []
+    for block, q_block in zip(plan.blocks, qs, strict=True):
+        b, r, n = block.pairs.shape
+        heads = []
+        for q_h, k_h, v_h, table in zip(
+            q_block.unflatten(0, (b, r)).unbind(2),
+            ks[block.group].unflatten(0, (b, -1)).unbind(2),
+            vs[block.group].unflatten(0, (b, -1)).unbind(2),
+            tables,
+            strict=True,
+        ):
+            bias = _Lookup.apply(table, block.pairs)  # (b, r, n)
+            scores = torch.baddbmm(bias, q_h, k_h[:, :n].transpose(1, 2), alpha=alpha)
+            heads.append(torch.bmm(F.silu(scores), v_h[:, :n]))  # (b, r, d_v)
+        outputs.append(torch.stack(heads, 2).flatten(0, 1))
+    return o + _Reorder.apply(torch.cat(outputs), plan.from_blocks, plan.to_blocks)
+
+
+def _pair_tables(position_bias: Tensor, time_bias: Tensor) -> tuple[Tensor, ...]:
+    """For each head the bias of every (position bucket, time bucket), then that of pairs out of sight."""
+    both = (position_bias.unsqueeze(1) + time_bias).flatten(0, 1)  # (P · T, H)
+    unseen = both.new_full((TIME_BUCKETS, both.shape[1]), UNSEEN)
+    return torch.cat((both, unseen)).t().contiguous().unbind(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """Where each element of a reordered array comes from; `missing` ones come from nowhere and are zero."""
+
+    source: Tensor
+    missing: Tensor | None
+
+    def take(self, x: Tensor) -> Tensor:
+        taken = x.index_select(0, self.source)
+        return taken if self.missing is None else taken.index_fill_(0, self.missing, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """b sequences' next r rows against the first n memory tokens of each."""
+
+    group: int
+    pairs: Tensor  # (b, r, n) int32: each pair's place in a pair table
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The padded blocks of a Sight. A group is the sequences that share blocks; its memory is padded once."""
+
+    blocks: tuple[_Block, ...]
+    block_rows: list[int]  # padded rows of each block
+    group_memory: list[int]  # padded memory tokens of each group
+    to_blocks: _Index  # rows -> padded rows of all blocks
+    from_blocks: _Index  # and back
+    to_groups: _Index  # memory -> padded memory of all groups
+    from_groups: _Index
+
+
+class _Reorder(torch.autograd.Function):
+    """x taken by one index, its gradient by the inverse: a gather each way, where autograd would scatter-add.
+
+    Padding repeats an element of the same sequence, and the gradient of a repetition is 0 in any case, since
+    the pairs it takes part in are out of sight. So the inverse need not add repetitions up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: _Index, back: _Index) -> Tensor:
+        ctx.back = back
+        ctx.there = there
+        return there.take(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back.take(gradient), None, None
+
+
+class _Lookup(torch.autograd.Function):
+    """table[index]; its gradient is one weighted count, several times faster than a scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.size = len(table)
+        return table.index_select(0, index.view(-1)).view(index.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        count = torch.bincount(index.view(-1), gradient.reshape(-1), minlength=ctx.size)
+        return count.to(gradient.dtype), None
+
+
+def _plan(sight: Sight) -> _Plan:
+    seen = _seen(sight)
+    row_starts, memory_starts = jagged.starts(sight.row_lengths), jagged.starts(sight.memory_lengths)
+    longest = int(sight.memory_lengths.max()) if seen else 0
+    bases = _position_bases(longest, sight.row_prefix.device)
+    rows, memory = _Padding(), _Padding()
+    blocks: list[_Block] = []
+    for group, members in enumerate(_groups(sight.row_lengths.tolist(), seen)):
+        member = torch.tensor(members, device=bases.device)
+        memory_index = memory.add(
+            memory_starts, sight.memory_lengths, member, 0, max(seen[s] for s in members)
+        )
+        times = sight.memory_times[memory_index]  # (b, longest seen)
+        longest_rows = int(sight.row_lengths[member].max())
+        for first in range(0, longest_rows, BLOCK_ROWS):
+            last = min(first + BLOCK_ROWS, longest_rows)
+            index = rows.add(row_starts, sight.row_lengths, member, first, last)  # (b, r)
+            prefix = sight.row_prefix[index] * rows.real[-1]  # a padded row sees nothing
+            n = max(int(prefix.max()), 1)
+            x = (prefix + longest).to(torch.int32).unsqueeze(2) - torch.arange(
+                n, dtype=torch.int32, device=bases.device
+            )
+            pairs = (sight.row_times[index].unsqueeze(2) - times[:, None, :n]).to(torch.float32)
+            pairs = (pairs.view(torch.int32) >> TIME_SHIFT).clamp_(
+                TIME_OFFSET, TIME_OFFSET + TIME_BUCKETS - 1
+            )
+            pairs += bases.index_select(0, x.view(-1)).view(x.shape)
+            blocks.append(_Block(group, pairs))
+    to_blocks, from_blocks = rows.both_ways(len(sight.row_prefix))
+    to_groups, from_groups = memory.both_ways(len(sight.memory_times))
+    return _Plan(tuple(blocks), rows.sizes, memory.sizes, to_blocks, from_blocks, to_groups, from_groups)
+
+
+def _seen(sight: Sight) -> list[int]:
+    """The most memory tokens that a row of each sequence sees. Raises ValueError where numbers disagree."""
+    rows, memory = len(sight.row_prefix), len(sight.memory_times)
+    if int(sight.row_lengths.sum()) != rows or int(sight.memory_lengths.sum()) != memory:
+        raise ValueError(f"the lengths do not sum to {rows} rows and {memory} memory tokens")
+    owner = jagged.owners(sight.row_lengths, rows)
+    prefix = sight.row_prefix
+    if bool(((prefix < 0) | (prefix > sight.memory_lengths[owner])).any()):
+        raise ValueError("a row's prefix must lie between 0 and the number of its sequence's memory tokens")
+    return torch.zeros_like(sight.memory_lengths).scatter_reduce_(0, owner, prefix, "amax").tolist()
+
+
+def _groups(row_lengths: list[int], seen: list[int]) -> list[list[int]]:
+    """Sequences that may share blocks: similar in rows and in memory seen, and not too many."""
+    groups: list[list[int]] = []
+    real = widest = longest = 0
+    # Rows by octave: within one, padding costs at most half, and the waste below bounds it further.
+    some = (s for s in range(len(seen)) if seen[s])
+    for s in sorted(some, key=lambda s: (row_lengths[s].bit_length(), seen[s])):
+        rows, width = max(longest, row_lengths[s]), max(widest, seen[s])
+        real += row_lengths[s] * seen[s]
+        count = len(groups[-1]) + 1 if groups else 1
+        waste = count * rows * width - real
+        if (
+            not groups
+            or count * min(rows, BLOCK_ROWS) * width > BLOCK_PAIRS
+            or waste > max(WASTE_SHARE * real, WASTE_PAIRS)
+        ):
+            groups.append([])
+            rows, width = row_lengths[s], seen[s]
+            real = rows * width
+        groups[-1].append(s)
+        longest, widest = rows, width
+    return groups
+
+
+class _Padding:
+    """Collects where the elements of padded blocks come from, block after block."""
+
+    def __init__(self) -> None:
+        self.sources: list[Tensor] = []
+        self.real: list[Tensor] = []
+
+    def add(self, starts: Tensor, lengths: Tensor, member: Tensor, first: int, last: int) -> Tensor:
+        """Elements [first, last) of each member, the last one repeated past its end: (b, last - first)."""
+        columns = torch.arange(first, last, device=starts.device)
+        length = lengths[member].unsqueeze(1)
+        index = starts[member].unsqueeze(1) + columns.minimum(length - 1)
+        self.sources.append(index)
+        self.real.append(columns < length)
+        return index
+
+    @property
+    def sizes(self) -> list[int]:
+        return [source.numel() for source in self.sources]
+
+    def both_ways(self, total: int) -> tuple[_Index, _Index]:
+        """The index into the padded blocks and the one back to the `total` elements."""
+        if not self.sources:
+            nothing = torch.empty(0, dtype=torch.int64)
+            return _Index(nothing, None), _Index(nothing, None)
+        source = torch.cat([s.flatten() for s in self.sources])
+        real = torch.cat([r.flatten() for r in self.real]).nonzero().squeeze(1)
+        inverse = source.new_full((total,), -1)
+        inverse[source[real]] = real
+        missing = (inverse < 0).nonzero().squeeze(1)
+        return _Index(source, None), _Index(inverse.clamp_(min=0), missing if len(missing) else None)
+
+
+def _position_bases(longest: int, device: torch.device) -> Tensor:
+    """For each p_i - p_j + longest: where its bucket starts in a pair table, less the time offset."""
+    difference = torch.arange(-longest, longest + 1, device=device)
+    bucket = torch.where(difference > 0, position_bucket(difference), POSITION_BUCKETS)
+    return (bucket * TIME_BUCKETS - TIME_OFFSET).to(torch.int32)
