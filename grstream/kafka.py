@@ -1,0 +1,207 @@
+"""Clients of the log, made from the configuration: `consumer`, `producer`, topics, dead letters.
+
+Clients speak bytes. A broker that cannot be reached is `BrokerUnavailable`, a topic that is not there is
+`TopicMissing`; both say what was tried and what to do. Offsets live in checkpoints: consumers have no group.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import kafka
+import kafka.admin
+import kafka.errors
+import kafka.partitioner
+
+from grstream.config import KafkaConfig
+from grstream.events import Rejected
+from grstream.keys import Id, partition_key
+
+# How long a broker holds a fetch that finds nothing. New records end the wait at once; it only bounds how
+# late an idle reader notices a seek or a stop.
+FETCH_WAIT_MS = 50
+# A producer waits this long for company: long enough to fill batches at 10k events/s and more, short beside
+# the tens of milliseconds from log to trainer.
+LINGER_MS = 5
+BATCH_BYTES = 128 << 10
+# Headers must fit beside the value under a broker's usual limit of 1 MB a record.
+DEAD_LETTER_BYTES = 900_000
+
+
+class BrokerUnavailable(ConnectionError):
+    """No broker answers at the configured addresses, or none did in time."""
+
+
+class TopicMissing(LookupError):
+    """The broker does not have the topic."""
+
+
+class DeliveryFailed(RuntimeError):
+    """Records were not acknowledged by the broker."""
+
+
+@contextlib.contextmanager
+def reaching(config: KafkaConfig) -> Iterator[None]:
+    """Turns kafka-python's connection errors and time-outs within into BrokerUnavailable."""
+    try:
+        yield
+    except (
+        kafka.errors.KafkaTimeoutError,
+        kafka.errors.KafkaConnectionError,
+        kafka.errors.NodeNotReadyError,
+        kafka.errors.BrokerNotAvailableError,
+        kafka.errors.RequestTimedOutError,
+    ) as error:
+        addresses = ", ".join(config.bootstrap_servers)
+        raise BrokerUnavailable(
+            f"no Kafka broker answered at {addresses} within {config.request_timeout_ms} ms ({error}); "
+            "start it (for development: `grstream broker`) or correct kafka.bootstrap_servers"
+        ) from error
+
+
+def consumer(config: KafkaConfig, max_poll_records: int = 2000) -> kafka.KafkaConsumer:
+    """A consumer without a group, to be used with `assign` and `seek`.
+
+    A position outside the log raises OffsetOutOfRangeError from `poll`: a gap is never skipped in silence.
+    Records of aborted transactions are not seen.
+    """
+    with reaching(config):
+        return kafka.KafkaConsumer(
+            **_connection(config),
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            isolation_level="read_committed",
+            allow_auto_create_topics=False,
+            fetch_max_wait_ms=min(FETCH_WAIT_MS, config.request_timeout_ms - 1),
+            max_poll_records=max_poll_records,
+        )
+
+
+def producer(config: KafkaConfig) -> kafka.KafkaProducer:
+    """An idempotent producer: acknowledged by all replicas, in order, once.
+
+    Its default partitioner is murmur2 of the key, as `partition_of` computes it.
+    """
+    with reaching(config):
+        return kafka.KafkaProducer(
+            **_connection(config),
+            enable_idempotence=True,
+            acks="all",
+            compression_type="lz4",
+            linger_ms=LINGER_MS,
+            batch_size=BATCH_BYTES,
+            max_block_ms=config.request_timeout_ms,
+            delivery_timeout_ms=2 * config.request_timeout_ms + LINGER_MS,
+            allow_auto_create_topics=False,
+        )
+
+
+def partition_of(user: Id, partitions: int) -> int:
+    """The partition of a user's events: what the Java client and kafka-python make of the record key.
+
+    librdkafka's default differs (use `partitioner=murmur2_random` there).
+    """
+    return int((kafka.partitioner.murmur2(partition_key(user)) & 0x7FFFFFFF) % partitions)
+
+
+def partition_count(config: KafkaConfig, topic: str | None = None) -> int:
+    """How many partitions the topic (default: the topic of actions) has. Raises TopicMissing."""
+    topic = topic or config.topic
+    with _admin(config) as admin:
+        [described] = admin.describe_topics([topic])
+    if described["error_code"] == kafka.errors.UnknownTopicOrPartitionError.errno:
+        raise TopicMissing(
+            f"the broker at {', '.join(config.bootstrap_servers)} has no topic {topic!r}; create it (`python "
+            "jobs/replay.py --create-topic --partitions N ...`, or Kafka's own tools) or correct kafka.topic"
+        )
+    if described["error_code"]:
+        raise kafka.errors.for_code(described["error_code"])(topic)
+    return len(described["partitions"])
+
+
+def create_topic(config: KafkaConfig, partitions: int, topic: str | None = None) -> int:
+    """Create the topic (default: the topic of actions) unless it is there; how many partitions it has."""
+    topic = topic or config.topic
+    with _admin(config) as admin, contextlib.suppress(kafka.errors.TopicAlreadyExistsError):
+        admin.create_topics({topic: {"num_partitions": partitions}}, wait_for_metadata=True)
+    return partition_count(config, topic)
+
+
+class DeadLetters:
+    """Records that are no events, sent whole to the dead-letter topic. Connects at the first one.
+
+    A letter's key is `topic:partition:offset`, so letters sent again after a restart can be told, and are
+    compacted away; the same and `reason` and `field` are in its headers. A value too long to fit is cut, with
+    its length in the header `bytes`.
+    """
+
+    def __init__(self, config: KafkaConfig) -> None:
+        self._config = config
+        self._producer: kafka.KafkaProducer | None = None
+        self._sent: list[Any] = []  # futures
+
+    def send(self, partition: int, rejected: Rejected, value: bytes) -> None:
+        """Send one letter; `flush` says whether letters arrived."""
+        if self._producer is None:
+            create_topic(self._config, 1, self._config.dead_letters)
+            self._producer = producer(self._config)
+        headers = {
+            "reason": rejected.reason,
+            "topic": self._config.topic,
+            "partition": str(partition),
+            "offset": str(rejected.offset),
+        }
+        if rejected.field is not None:
+            headers["field"] = rejected.field
+        if len(value) > DEAD_LETTER_BYTES:
+            headers["bytes"] = str(len(value))
+            value = value[:DEAD_LETTER_BYTES]
+        with reaching(self._config):
+            self._sent.append(
+                self._producer.send(
+                    self._config.dead_letters,
+                    value,
+                    key=f"{self._config.topic}:{partition}:{rejected.offset}".encode(),
+                    headers=[(k, v.encode("utf-8", "backslashreplace")) for k, v in headers.items()],
+                )
+            )
+
+    def flush(self) -> None:
+        """Wait until every letter is acknowledged. Raises DeliveryFailed if one is not."""
+        if self._producer is None:
+            return
+        with reaching(self._config):
+            self._producer.flush(timeout=2 * self._config.request_timeout_ms / 1000)
+        sent, self._sent = self._sent, []
+        failed = [future.exception for future in sent if future.failed()]
+        if failed:
+            raise DeliveryFailed(
+                f"{len(failed)} of {len(sent)} dead letters were not acknowledged by "
+                f"{self._config.dead_letters!r}: {failed[0]}"
+            )
+
+    def close(self) -> None:
+        if self._producer is not None:
+            self._producer.close()
+            self._producer = None
+
+
+@contextlib.contextmanager
+def _admin(config: KafkaConfig) -> Iterator[kafka.admin.KafkaAdminClient]:
+    with reaching(config):
+        admin = kafka.admin.KafkaAdminClient(**_connection(config))
+        try:
+            yield admin
+        finally:
+            admin.close()
+
+
+def _connection(config: KafkaConfig) -> dict[str, Any]:
+    return {
+        "bootstrap_servers": config.bootstrap_servers,
+        "request_timeout_ms": config.request_timeout_ms,
+        "bootstrap_timeout_ms": config.request_timeout_ms,
+        # The default backs off to 30 s, which a broker's restart would cost a reader.
+        "reconnect_backoff_max_ms": 1000,
+    }
