@@ -26,6 +26,7 @@ BLOCK_PAIRS = 1 << 18  # pairs of a block: one head's scores are 1 MiB of fp32, 
 BLOCK_ROWS = 64  # rows of a sequence in one block: later memory than the last row's is not computed
 WASTE_SHARE = 0.15  # padded pairs a block may carry per real one
 WASTE_PAIRS = 1 << 14  # and in any case: computing them takes less time than another block's PyTorch calls
+MEMORY_PAIRS = 8  # a padded memory token costs about as much as so many padded pairs
 UNSEEN = -1e30  # bias of a pair out of sight: x · sigmoid(x) and its derivative are 0 in every float type
 
 
@@ -44,36 +45,31 @@ def attention(
     q, k, v, k_self, v_self = (x.to(wide) for x in (q, k, v, k_self, v_self))
     own = F.silu(alpha * (q * k_self).sum(-1) + position_bias[0] + time_bias[0])  # (R, H)
     o = own.unsqueeze(-1) * v_self
-    plan = sight.planned(_plan)
+    plan = sight.planned(_plan, q.shape[1])
     if not plan.blocks:
         return o
     tables = _pair_tables(position_bias, time_bias)
-    qs = _Reorder.apply(q, plan.to_blocks, plan.from_blocks).split(plan.block_rows)
-    ks = _Reorder.apply(k, plan.to_groups, plan.from_groups).split(plan.group_memory)
-    vs = _Reorder.apply(v, plan.to_groups, plan.from_groups).split(plan.group_memory)
+    qs = _Reorder.apply(q.flatten(0, 1), plan.to_blocks, plan.from_blocks).split(plan.block_rows)
+    ks = _Reorder.apply(k.flatten(0, 1), plan.to_groups, plan.from_groups).split(plan.group_memory)
+    vs = _Reorder.apply(v.flatten(0, 1), plan.to_groups, plan.from_groups).split(plan.group_memory)
     outputs = []
     for block, q_block in zip(plan.blocks, qs, strict=True):
-        b, r, n = block.pairs.shape
-        heads = []
-        for q_h, k_h, v_h, table in zip(
-            q_block.unflatten(0, (b, r)).unbind(2),
-            ks[block.group].unflatten(0, (b, -1)).unbind(2),
-            vs[block.group].unflatten(0, (b, -1)).unbind(2),
-            tables,
-            strict=True,
-        ):
-            bias = _Lookup.apply(table, block.pairs)  # (b, r, n)
-            scores = torch.baddbmm(bias, q_h, k_h[:, :n].transpose(1, 2), alpha=alpha)
-            heads.append(torch.bmm(F.silu(scores), v_h[:, :n]))  # (b, r, d_v)
-        outputs.append(torch.stack(heads, 2).flatten(0, 1))
-    return o + _Reorder.apply(torch.cat(outputs), plan.from_blocks, plan.to_blocks)
+        n = block.pairs.shape[2]
+        bias = _Lookup.apply(tables, block.pairs)  # (H · b, r, n)
+        q_block = q_block.unflatten(0, (len(bias), -1))  # (H · b, r, d_qk)
+        k_block = ks[block.group].unflatten(0, (len(bias), -1))[:, :n]  # (H · b, n, d_qk)
+        v_block = vs[block.group].unflatten(0, (len(bias), -1))[:, :n]  # (H · b, n, d_v)
+        weights = F.silu(torch.baddbmm(bias, q_block, k_block.transpose(1, 2), alpha=alpha))
+        outputs.append(torch.bmm(weights, v_block).flatten(0, 1))
+    seen = _Reorder.apply(torch.cat(outputs), plan.from_blocks, plan.to_blocks)
+    return o + seen.view(o.shape)
 
 
-def _pair_tables(position_bias: Tensor, time_bias: Tensor) -> tuple[Tensor, ...]:
-    """For each head the bias of every (position bucket, time bucket), then that of pairs out of sight."""
+def _pair_tables(position_bias: Tensor, time_bias: Tensor) -> Tensor:
+    """For each head the bias of every pair of buckets, then that of pairs out of sight: (H, (P + 1) · T)."""
     both = (position_bias.unsqueeze(1) + time_bias).flatten(0, 1)  # (P · T, H)
     unseen = both.new_full((TIME_BUCKETS, both.shape[1]), UNSEEN)
-    return torch.cat((both, unseen)).t().contiguous().unbind(0)
+    return torch.cat((both, unseen)).t().contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +94,14 @@ class _Block:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """The padded blocks of a Sight. A group is the sequences that share blocks; its memory is padded once."""
+    """The padded blocks of a Sight. A group is the sequences that share blocks; its memory is padded once.
+
+    Indices are those of (element, head) in arrays of (elements · H, width); a block has its heads outermost.
+    """
 
     blocks: tuple[_Block, ...]
-    block_rows: list[int]  # padded rows of each block
-    group_memory: list[int]  # padded memory tokens of each group
+    block_rows: list[int]  # padded rows of each block, times heads
+    group_memory: list[int]  # padded memory tokens of each group, times heads
     to_blocks: _Index  # rows -> padded rows of all blocks
     from_blocks: _Index  # and back
     to_groups: _Index  # memory -> padded memory of all groups
@@ -128,39 +127,43 @@ class _Reorder(torch.autograd.Function):
 
 
 class _Lookup(torch.autograd.Function):
-    """table[index]; its gradient is one weighted count, several times faster than a scatter-add."""
+    """Each head's table[index] (H · b, r, n); the gradient is a weighted count, faster than a scatter-add."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
+    def forward(ctx: Any, tables: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.size = len(table)
-        return table.index_select(0, index.view(-1)).view(index.shape)
+        ctx.shape = tables.shape
+        heads = tables.new_empty(len(tables), index.numel())
+        for table, out in zip(tables, heads, strict=True):
+            torch.index_select(table, 0, index.view(-1), out=out)
+        return heads.view(-1, *index.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        count = torch.bincount(index.view(-1), gradient.reshape(-1), minlength=ctx.size)
-        return count.to(gradient.dtype), None
+        heads, size = ctx.shape
+        counts = [torch.bincount(index.view(-1), g, minlength=size) for g in gradient.reshape(heads, -1)]
+        return torch.stack(counts).to(gradient.dtype), None
 
 
-def _plan(sight: Sight) -> _Plan:
+def _plan(sight: Sight, heads: int) -> _Plan:
     seen = _seen(sight)
     row_starts, memory_starts = jagged.starts(sight.row_lengths), jagged.starts(sight.memory_lengths)
     longest = int(sight.memory_lengths.max()) if seen else 0
     bases = _position_bases(longest, sight.row_prefix.device)
-    rows, memory = _Padding(), _Padding()
+    rows, memory = _Padding(heads), _Padding(heads)
     blocks: list[_Block] = []
     for group, members in enumerate(_groups(sight.row_lengths.tolist(), seen)):
         member = torch.tensor(members, device=bases.device)
-        memory_index = memory.add(
+        memory_index, _ = memory.add(
             memory_starts, sight.memory_lengths, member, 0, max(seen[s] for s in members)
         )
         times = sight.memory_times[memory_index]  # (b, longest seen)
         longest_rows = int(sight.row_lengths[member].max())
         for first in range(0, longest_rows, BLOCK_ROWS):
             last = min(first + BLOCK_ROWS, longest_rows)
-            index = rows.add(row_starts, sight.row_lengths, member, first, last)  # (b, r)
-            prefix = sight.row_prefix[index] * rows.real[-1]  # a padded row sees nothing
+            index, real = rows.add(row_starts, sight.row_lengths, member, first, last)  # (b, r)
+            prefix = sight.row_prefix[index] * real  # a padded row sees nothing
             n = max(int(prefix.max()), 1)
             x = (prefix + longest).to(torch.int32).unsqueeze(2) - torch.arange(
                 n, dtype=torch.int32, device=bases.device
@@ -196,9 +199,9 @@ def _groups(row_lengths: list[int], seen: list[int]) -> list[list[int]]:
     some = (s for s in range(len(seen)) if seen[s])
     for s in sorted(some, key=lambda s: (row_lengths[s].bit_length(), seen[s])):
         rows, width = max(longest, row_lengths[s]), max(widest, seen[s])
-        real += row_lengths[s] * seen[s]
+        real += (row_lengths[s] + MEMORY_PAIRS) * seen[s]
         count = len(groups[-1]) + 1 if groups else 1
-        waste = count * rows * width - real
+        waste = count * (rows + MEMORY_PAIRS) * width - real
         if (
             not groups
             or count * min(rows, BLOCK_ROWS) * width > BLOCK_PAIRS
@@ -206,7 +209,7 @@ def _groups(row_lengths: list[int], seen: list[int]) -> list[list[int]]:
         ):
             groups.append([])
             rows, width = row_lengths[s], seen[s]
-            real = rows * width
+            real = (rows + MEMORY_PAIRS) * width
         groups[-1].append(s)
         longest, widest = rows, width
     return groups
@@ -215,31 +218,39 @@ def _groups(row_lengths: list[int], seen: list[int]) -> list[list[int]]:
 class _Padding:
     """Collects where the elements of padded blocks come from, block after block."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
         self.sources: list[Tensor] = []
         self.real: list[Tensor] = []
 
-    def add(self, starts: Tensor, lengths: Tensor, member: Tensor, first: int, last: int) -> Tensor:
-        """Elements [first, last) of each member, the last one repeated past its end: (b, last - first)."""
+    def add(
+        self, starts: Tensor, lengths: Tensor, member: Tensor, first: int, last: int
+    ) -> tuple[Tensor, Tensor]:
+        """Elements [first, last) of each member, its last one repeated past its end, and which are real.
+
+        Both (b, last - first).
+        """
         columns = torch.arange(first, last, device=starts.device)
         length = lengths[member].unsqueeze(1)
         index = starts[member].unsqueeze(1) + columns.minimum(length - 1)
-        self.sources.append(index)
-        self.real.append(columns < length)
-        return index
+        real = columns < length
+        head = torch.arange(self.heads, device=starts.device).view(-1, 1, 1)
+        self.sources.append(index * self.heads + head)  # (H, b, last - first)
+        self.real.append(real.expand(self.heads, -1, -1))
+        return index, real
 
     @property
     def sizes(self) -> list[int]:
         return [source.numel() for source in self.sources]
 
     def both_ways(self, total: int) -> tuple[_Index, _Index]:
-        """The index into the padded blocks and the one back to the `total` elements."""
+        """The index into the padded blocks and the one back to the `total` elements' heads."""
         if not self.sources:
             nothing = torch.empty(0, dtype=torch.int64)
             return _Index(nothing, None), _Index(nothing, None)
         source = torch.cat([s.flatten() for s in self.sources])
         real = torch.cat([r.flatten() for r in self.real]).nonzero().squeeze(1)
-        inverse = source.new_full((total,), -1)
+        inverse = source.new_full((total * self.heads,), -1)
         inverse[source[real]] = real
         missing = (inverse < 0).nonzero().squeeze(1)
         return _Index(source, None), _Index(inverse.clamp_(min=0), missing if len(missing) else None)

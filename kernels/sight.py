@@ -24,7 +24,9 @@ class Sight:
     row_lengths: Tensor  # (S,) rows of each sequence
     row_prefix: Tensor  # (R,) memory tokens of its own sequence that the row sees; also its position
     row_times: Tensor  # (R,) milliseconds
-    _plans: dict[Callable[..., Any], Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _plans: dict[tuple[Callable[..., Any], int], Any] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self)[:5]:
@@ -37,8 +39,8 @@ class Sight:
             if len(getattr(self, one)) != len(getattr(self, other)):
                 raise ValueError(f"{one} and {other} must be equally long")
 
-    def planned(self, build: Callable[["Sight"], Plan]) -> Plan:
+    def planned(self, build: Callable[["Sight", int], Plan], heads: int) -> Plan:
         """What an implementation derives from this sight, derived once for all layers of a pass."""
-        if build not in self._plans:
-            self._plans[build] = build(self)
-        return self._plans[build]
+        if (build, heads) not in self._plans:
+            self._plans[build, heads] = build(self, heads)
+        return self._plans[build, heads]

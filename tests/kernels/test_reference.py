@@ -137,7 +137,7 @@ def test_many_blocks_equal_one_sequence_at_a_time() -> None:
     lengths = [0, 300, 1, 150, 149, 80, 0, 2, 299, 64, 65]
     prefixes = [[n, *range(n), n // 2] for n in lengths]
     whole = case(lengths, prefixes)
-    plan = whole.sight.planned(blocks._plan)
+    plan = whole.sight.planned(blocks._plan, 2)
     assert len({block.group for block in plan.blocks}) > 1
     assert len(plan.blocks) > len({block.group for block in plan.blocks})
     torch.testing.assert_close(whole.run(), naive_by_sequence(whole), atol=1e-10, rtol=1e-10)
