@@ -125,6 +125,7 @@ class TrainConfig(Section):
     publish_every_s: float = pydantic.Field(5, gt=0)
     checkpoint_every_s: float = pydantic.Field(60, gt=0)
     keep_checkpoints: int = pydantic.Field(3, ge=1)
+    max_restarts: int = pydantic.Field(-1, ge=-1, description="of the worker group; -1: no limit")
     keep_versions: int = pydantic.Field(5, ge=2)
     seed: int = 0
 
@@ -135,6 +136,7 @@ class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: int = pydantic.Field(8000, ge=1, le=65535)
     replicas: int = pydantic.Field(1, ge=1, description="scorer replicas")
+    gateways: int = pydantic.Field(2, ge=1, description="gateway replicas: one may die and service goes on")
     history_shards: int = pydantic.Field(1, ge=1, description="partitions are dealt out among them")
     max_candidates: int = pydantic.Field(10_000, ge=1, description="per rank request")
     max_events: int = pydantic.Field(1_000, ge=1, description="per actions request")
@@ -143,6 +145,58 @@ class ServeConfig(Section):
     cache_bytes: int = pydantic.Field(1 << 30, ge=0, description="keys and values kept per scorer replica")
     poll_weights_s: float = pydantic.Field(0.5, gt=0)
     queue: int = pydantic.Field(256, ge=1, description="requests a replica holds before it answers 503")
+    request_timeout_ms: int = pydantic.Field(5_000, ge=1, description="a request that takes longer gets a 503")
+
+
+class ActionRule(Section):
+    """Which rows of a data set carry an action: all of them, or those whose column holds what is said."""
+
+    action: Name
+    column: str | None = pydantic.Field(None, description="default: every row carries the action")
+    at_least: float | None = None
+    equals: str | None = pydantic.Field(None, description="the cell as text")
+
+    @pydantic.model_validator(mode="after")
+    def _one_condition(self) -> Self:
+        conditions = (self.at_least is not None) + (self.equals is not None)
+        if conditions != (self.column is not None):
+            raise ValueError("a rule has a column and one of at_least and equals, or none of the three")
+        return self
+
+
+class ColumnsConfig(Section):
+    """Which columns of a data set say who acted upon what, and when."""
+
+    user: str
+    item: str
+    time: str
+    time_unit: Literal["s", "ms", "iso"] = pydantic.Field("s", description="iso: ISO 8601, UTC if unsaid")
+
+
+class SyntheticConfig(Section):
+    """A world of users whose interests drift over clusters of items, to which new items come."""
+
+    users: int = pydantic.Field(500, ge=1, description="Zipf-active")
+    items: int = pydantic.Field(2_000, ge=1, description="at the start; Zipf-popular within their cluster")
+    clusters: int = pydantic.Field(12, ge=2)
+    drift: float = pydantic.Field(0.005, ge=0, le=1, description="chance per event that an interest changes")
+    births: float = pydantic.Field(0.01, ge=0, description="new items per event")
+    events_per_s: float = pydantic.Field(100, gt=0, description="of the world's own time")
+    seed: int = 0
+
+
+class ReplayConfig(Section):
+    """How a data set, or the synthetic stream, becomes action events."""
+
+    format: (
+        Literal["ml-100k", "ml-1m", "ml-1m-tail", "ml-1m-sequences", "deskdrop", "csv", "parquet"] | None
+    ) = pydantic.Field(None, description="default: told by the file's name")
+    columns: ColumnsConfig | None = pydantic.Field(None, description="required for csv and parquet")
+    actions: list[ActionRule] = []
+    context: dict[Name, str] = pydantic.Field({}, description="feature name: column")
+    item_features: dict[Name, str] = pydantic.Field({}, description="feature name: column")
+    event_ids: bool = pydantic.Field(True, description="an id per row: what is sent again is a duplicate")
+    synthetic: SyntheticConfig = SyntheticConfig()
 
 
 class Config(Section):
@@ -158,6 +212,20 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     serve: ServeConfig = ServeConfig()
+    replay: ReplayConfig = ReplayConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _replay_speaks_of_configured_names(self) -> Self:
+        known = {
+            "actions": (self.events.actions, [rule.action for rule in self.replay.actions]),
+            "context": (self.events.context, list(self.replay.context)),
+            "item_features": (self.events.item_features, list(self.replay.item_features)),
+        }
+        for field, (configured, named) in known.items():
+            unknown = sorted(set(named) - set(configured))
+            if unknown:
+                raise ValueError(f"replay.{field} names {', '.join(unknown)}, which events.{field} does not")
+        return self
 
 
 def parse(data: object, origin: str = "config") -> Config:

@@ -1,0 +1,63 @@
+"""Keeps an engine at the newest weights version, from a thread of its own."""
+
+import logging
+import threading
+from typing import Protocol
+
+from grstream.scores import UnusableWeights
+from grstream.weights import Manifest, WeightSource, WeightsVersion
+
+logger = logging.getLogger(__name__)
+
+
+class Swappable(Protocol):
+    """What a follower needs of an engine."""
+
+    @property
+    def manifest(self) -> Manifest | None: ...
+
+    def swap(self, version: WeightsVersion) -> None: ...
+
+
+class WeightsFollower:
+    """Polls a source and swaps what is newer into an engine; a version that is no good is left out."""
+
+    def __init__(self, source: WeightSource, engine: Swappable, poll_s: float) -> None:
+        self._source, self._engine, self._poll_s = source, engine, poll_s
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def poll(self) -> bool:
+        """Swap in a newer version if there is one: whether it is worth looking again at once."""
+        manifest = self._engine.manifest
+        version = self._source.newer_than(manifest.number if manifest else 0)
+        if version is None:
+            return False
+        try:
+            self._engine.swap(version)
+        except UnusableWeights as error:
+            logger.error("%s; it is not served", error)
+            self._source.reject(version.number)
+            return True
+        logger.info("serving weights version %d of step %d", version.number, version.manifest.step)
+        return False
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                again = self.poll()
+            except OSError as error:  # shared storage may be away for a while
+                logger.error("cannot read weights versions: %s", error)
+                again = False
+            if not again:
+                self._stopping.wait(self._poll_s)

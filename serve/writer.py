@@ -1,0 +1,73 @@
+"""Appends posted events to the log and says where each one stands."""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+import kafka
+import kafka.errors
+
+from grstream.config import Config
+from grstream.events import ActionEvent
+from grstream.kafka import BrokerUnavailable, TopicMissing, partition_count, producer, reaching
+from grstream.keys import partition_key
+from serve.errors import Refusal, Unavailable
+from serve.schemas import Appended
+
+logger = logging.getLogger(__name__)
+
+# A producer gives a record up after two request time-outs. Both fit into the time that a request may take, so
+# that an answer knows what became of its events.
+SPARE_MS = 200
+
+
+class ActionWriter:
+    """Blocking and thread-safe. Connects when first used and again after the broker was away."""
+
+    def __init__(self, config: Config) -> None:
+        patience = max(1, (config.serve.request_timeout_ms - SPARE_MS) // 2)
+        timeout = min(config.kafka.request_timeout_ms, patience)
+        self._config = config.kafka.model_copy(update={"request_timeout_ms": timeout})
+        self._timeout_s = config.serve.request_timeout_ms / 1000
+        self._lock = threading.Lock()
+        self._producer: kafka.KafkaProducer | None = None
+
+    def append(self, events: Sequence[ActionEvent]) -> list[Appended]:
+        """Send events in order and wait until the log has them all.
+
+        Raises Unavailable, with what was acknowledged, where the broker does not answer in time, and Refusal
+        for an event that is larger than the broker takes.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        acknowledged: list[Appended | None] = [None] * len(events)
+        try:
+            with reaching(self._config):
+                log, futures = self._connected(), []
+                for event in events:
+                    key, value = partition_key(event.user_id), event.to_json()
+                    futures.append(log.send(self._config.topic, value, key=key))
+                for i, future in enumerate(futures):
+                    done = future.get(timeout=max(0.001, deadline - time.monotonic()))
+                    acknowledged[i] = Appended(partition=done.partition, offset=done.offset)
+        except BrokerUnavailable as error:
+            raise Unavailable("broker_unavailable", str(error), acknowledged) from error
+        except kafka.errors.MessageSizeTooLargeError as error:
+            raise Refusal(413, "too_large", str(error), f"events.{len(futures)}", acknowledged) from error
+        except TopicMissing as error:
+            raise Unavailable("topic_missing", str(error), acknowledged) from error
+        except kafka.errors.KafkaError as error:
+            logger.error("events were not acknowledged: %s", error)
+            raise Unavailable("log_refused", str(error), acknowledged) from error
+        return [at for at in acknowledged if at is not None]
+
+    def close(self) -> None:
+        if self._producer is not None:
+            self._producer.close(timeout=self._timeout_s)
+
+    def _connected(self) -> kafka.KafkaProducer:
+        with self._lock:
+            if self._producer is None:
+                partition_count(self._config)  # or a broker that creates topics unasked would take any name
+                self._producer = producer(self._config)
+            return self._producer
