@@ -1,0 +1,172 @@
+"""Histories at their edges: what a batch must be, names, memory, snapshots that cannot be used."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from grstream.config import HistoriesConfig
+from grstream.events import EventBatch
+from grstream.histories import OffsetOrderError, RollingHistories
+from grstream.ledger import Disposition, OffsetRange
+from grstream.microbatch import Role
+from grstream.snapshots import SnapshotError
+
+
+def batch(users, *, start=0, times=None, keys=None, features=0, names=None) -> EventBatch:
+    """Events whose items are their offsets."""
+    n = len(users)
+    offsets = np.arange(start, start + n)
+    return EventBatch(
+        partition=0,
+        offsets=offsets,
+        users=np.array(users, np.int64),
+        items=offsets.copy(),
+        actions=np.ones(n, np.int32),
+        times=offsets + 1000 if times is None else np.array(times, np.int64),
+        features=np.zeros((n, features), np.int64),
+        event_keys=np.zeros(n, np.int64) if keys is None else np.array(keys, np.int64),
+        item_names=names or {},
+    )
+
+
+def make(**config) -> RollingHistories:
+    return RollingHistories(HistoriesConfig(**config), features=0)
+
+
+def test_a_window_that_rolls_within_a_micro_batch_gives_two_sequences() -> None:
+    histories = make(window=4, chunk=3)
+    histories.append(batch([7] * 6))
+    packed = histories.pack(read_ms=5)
+    assert packed.lengths.tolist() == [5, 3]
+    assert packed.items.tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
+    assert packed.roles.tolist() == [Role.NEW] * 5 + [Role.CONTEXT] * 2 + [Role.NEW]
+    assert packed.offsets.tolist() == [0, 1, 2, 3, 4, 5]
+    assert packed.ranges == (OffsetRange(0, 0, 6, Disposition.TRAINED),)
+    assert (packed.newest_event_ms, packed.read_ms) == (1005, 5)
+    assert histories.history(7).items.tolist() == [3, 4, 5]
+    assert histories.history(7).epoch == 1
+
+
+def test_a_late_event_in_front_of_a_new_one_leaves_that_one_what_it_came_upon() -> None:
+    histories = make()
+    histories.append(batch([7] * 4, times=[10, 20, 30, 25]))
+    packed = histories.pack()
+    assert packed.items.tolist() == [0, 1, 2, 0, 1, 3]
+    assert packed.roles.tolist() == [Role.NEW] * 3 + [Role.CONTEXT] * 2 + [Role.NEW_LATE]
+    assert histories.history(7).times.tolist() == [10, 20, 25, 30]
+
+
+def test_new_events_of_a_forgotten_user_are_still_emitted_and_it_begins_again() -> None:
+    histories = make()
+    histories.append(batch([7, 7]))
+    assert histories.forget(7)
+    assert not histories.forget(7)
+    assert len(histories.history(7).items) == 0
+    histories.append(batch([7], start=2))
+    assert histories.pack().items.tolist() == [0, 1, 2]
+    assert (histories.history(7).epoch, histories.history(7).appended) == (2, 1)
+
+
+def test_a_micro_batch_settles_what_its_reader_settled_with_the_rest() -> None:
+    histories = make()
+    histories.append(batch([1, 1, 2], keys=[5, 5, 0]))
+    histories.settle(OffsetRange(0, 3, 4, Disposition.DEAD_LETTER))
+    histories.append(batch([1, 2], start=4))
+    assert histories.pending == 4
+    assert histories.pack().ranges == (
+        OffsetRange(0, 0, 1, Disposition.TRAINED),
+        OffsetRange(0, 1, 2, Disposition.DUPLICATE),
+        OffsetRange(0, 2, 3, Disposition.TRAINED),
+        OffsetRange(0, 3, 4, Disposition.DEAD_LETTER),
+        OffsetRange(0, 4, 6, Disposition.TRAINED),
+    )
+    assert histories.pending == 0
+    assert histories.pack().ranges == ()
+
+
+def test_a_reader_that_does_not_train_has_nothing_to_pack() -> None:
+    histories = RollingHistories(HistoriesConfig(), features=0, track_new=False)
+    histories.append(batch([1]))
+    with pytest.raises(RuntimeError, match="track_new"):
+        histories.pack()
+
+
+def test_events_out_of_offset_order_are_refused() -> None:
+    histories = make()
+    histories.append(batch([1, 2]))
+    with pytest.raises(OffsetOrderError, match="beyond 1"):
+        histories.append(batch([1], start=1))
+    backwards = batch([1, 1], start=5)
+    with pytest.raises(OffsetOrderError):
+        histories.append(dataclasses.replace(backwards, offsets=backwards.offsets[::-1]))
+
+
+def test_a_batch_of_another_partition_or_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="partition 0, got 1"):
+        make().append(dataclasses.replace(batch([1]), partition=1))
+    with pytest.raises(ValueError, match="expected 0 features"):
+        make().append(batch([1], features=2))
+
+
+def test_names_stay_with_the_items_that_histories_hold() -> None:
+    histories = make(window=8, chunk=8)
+    for start in range(0, 20_000, 1000):
+        names = {i: str(i) for i in range(start, start + 1000)}
+        histories.append(batch([1] * 1000, start=start, names=names))
+        assert histories.pack().item_names == names
+    held = histories.history(1)
+    assert held.item_names == {i: str(i) for i in held.items.tolist()}
+    assert len(histories._names._names) < 6_000
+
+
+def test_memory_does_not_grow_once_the_budget_is_reached() -> None:
+    histories = make(window=32, chunk=8, max_users=500, max_events=5000, duplicate_window=1000)
+    random = np.random.default_rng(0)
+    sizes = []
+    for start in range(0, 50_000, 500):
+        users = random.zipf(1.2, 500) % 5000
+        histories.append(batch(users, start=start, keys=np.arange(start + 1, start + 501)))
+        histories.pack()
+        sizes.append(histories.counters().bytes)
+    assert max(sizes[40:]) < 1.05 * sizes[40]
+    counters = histories.counters()
+    assert counters.users <= 500
+    assert counters.events <= 5000
+    assert counters.evicted > 1000
+
+
+def test_a_snapshot_of_another_configuration_is_refused(tmp_path) -> None:
+    histories = make(window=32)
+    histories.append(batch([1]))
+    histories.snapshot(tmp_path / "s", 1)
+    with pytest.raises(SnapshotError, match=r"'window': 32.*expected.*'window': 64"):
+        RollingHistories.restore(tmp_path / "s", HistoriesConfig(window=64), features=0)
+    with pytest.raises(SnapshotError, match="features"):
+        RollingHistories.restore(tmp_path / "s", HistoriesConfig(window=32), features=1)
+
+
+def test_a_snapshot_that_is_cut_off_or_has_a_flipped_bit_is_refused(tmp_path) -> None:
+    histories = make()
+    histories.append(batch(list(range(50)) * 4, names={0: "zero"}))
+    path = tmp_path / "s"
+    histories.snapshot(path, 200)
+    whole = path.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(SnapshotError):
+            RollingHistories.restore(path, HistoriesConfig(), features=0)
+    times = whole.index(np.arange(1000, 1200, 50).tobytes())  # of user 0
+    path.write_bytes(whole[:times] + b"\x01" + whole[times + 1 :])
+    with pytest.raises(SnapshotError, match="checksum"):
+        RollingHistories.restore(path, HistoriesConfig(), features=0)
+    with pytest.raises(SnapshotError, match="absent"):
+        RollingHistories.restore(tmp_path / "absent", HistoriesConfig(), features=0)
+
+
+def test_a_snapshot_is_not_taken_of_a_past_offset(tmp_path) -> None:
+    histories = make()
+    histories.append(batch([1, 2, 3]))
+    with pytest.raises(OffsetOrderError, match="already at 2"):
+        histories.snapshot(tmp_path / "s", 2)
