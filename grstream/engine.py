@@ -1,0 +1,226 @@
+"""Histories and candidates to scores, by whichever weights version was swapped in last.
+
+Ranking is M-FALCON (paper section 3.4): a user's history is encoded once, its keys and values are kept, and
+candidates are scored against them in micro-batches of b_m. No score depends on the micro-batch, on the order
+of the candidates or on what the cache held (law 2). An answer comes from one version and names it. Imports
+neither Ray nor Kafka. Thread-safe: swapping builds beside and then exchanges one reference; requests take
+turns.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from grstream.config import ServeConfig
+from grstream.histories import History
+from grstream.keys import ABSENT, Keys
+from grstream.kv_cache import Entry, KVCache
+from grstream.model import HSTU, Cache
+from grstream.scores import (
+    EngineNotReady,
+    NonFiniteScores,
+    Ranked,
+    Retrieved,
+    Reuse,
+    UnusableWeights,
+    WrongFeatures,
+)
+from grstream.tokens import Tokens
+from grstream.vocabulary import Vocabulary
+from grstream.weights import Manifest, Weights, WeightsVersion
+
+
+@dataclasses.dataclass(frozen=True)
+class _Served:
+    """All that answers depend on, exchanged as one."""
+
+    manifest: Manifest
+    model: HSTU
+    vocabulary: Vocabulary
+    item_names: dict[int, str]
+    item_keys: Keys  # (n,)
+    item_vectors: torch.Tensor  # (n, d)
+
+
+class Engine:
+    """Scores by the newest version it was given, over a cache of keys and values per user."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._micro_batch = config.micro_batch
+        self._lock = threading.Lock()
+        self.cache = KVCache(config.cache_bytes)
+        self._served: _Served | None = None
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """Of the version being served."""
+        served = self._served
+        return None if served is None else served.manifest
+
+    def swap(self, version: WeightsVersion) -> None:
+        """Serve another version. Requests under way end with the one they began with.
+
+        Raises UnusableWeights, and goes on with the version it had.
+        """
+        served = _build(version)
+        with self._lock:
+            self._served = served
+            self.cache.clear()
+
+    @torch.inference_mode()
+    def rank(
+        self,
+        history: History,
+        candidates: Keys,  # (C,) item keys
+        at_ms: int,
+        *,
+        features: Keys | None = None,  # (C, F) feature keys, ABSENT where there is none
+        user: int | None = None,
+    ) -> Ranked:
+        """The probability of each action for each candidate, shown at `at_ms` after `history`.
+
+        `user` is where keys and values are kept; without one they are not. Raises EngineNotReady.
+        """
+        with self._lock:
+            served = self._ready()
+            features = _checked(served, history, features, len(candidates))
+            items, known = _event_vectors(served.vocabulary, candidates, features)
+            cache, reuse = self._encode(served, history, user)
+            logits = torch.cat(
+                [
+                    served.model.action_logits(served.model.score(cache, queries)).float()
+                    for queries in self._micro_batches(items, len(history.items), at_ms)
+                ]
+            )  # (C, A)
+        _require_finite_scores(served, logits)
+        probabilities = torch.sigmoid(logits).numpy()
+        return Ranked(probabilities, known, served.manifest.number, reuse)
+
+    @torch.inference_mode()
+    def retrieve(
+        self, history: History, k: int, *, exclude: Keys | None = None, user: int | None = None
+    ) -> Retrieved:
+        """The k items nearest to the user's vector, by exact search. Raises EngineNotReady."""
+        with self._lock:
+            served = self._ready()
+            _checked(served, history, None, 0)
+            cache, reuse = self._encode(served, history, user)
+        user_vector = served.model.user_vectors(cache.newest)  # (1, d)
+        scores = (user_vector @ served.item_vectors.T)[0].float()  # (n,)
+        _require_finite_scores(served, scores)
+        allowed = len(scores)
+        if exclude is not None and len(exclude):
+            barred = np.isin(served.item_keys, exclude)
+            allowed -= int(barred.sum())
+            scores[torch.from_numpy(barred)] = -torch.inf
+        best = torch.topk(scores, min(k, allowed))
+        items = served.item_keys[best.indices.numpy()]
+        names = {key: served.item_names[key] for key in items.tolist() if key in served.item_names}
+        return Retrieved(items, names, best.values.numpy(), served.manifest.number, reuse)
+
+    def _ready(self) -> _Served:
+        if self._served is None:
+            raise EngineNotReady("no weights version is loaded yet: the trainer has to publish one first")
+        return self._served
+
+    def _encode(self, served: _Served, history: History, user: int | None) -> tuple[Cache, Reuse]:
+        """Keys and values of a history, from the cache as far as it goes."""
+        number = served.manifest.number
+        entry = self.cache.get(user) if user is not None else None
+        reuse = Reuse.MISS if entry is None else entry.reuse(number, history)
+        if entry is not None and reuse is Reuse.HIT:
+            return entry.cache, reuse
+        held = entry if reuse is Reuse.EXTEND else None
+        begin = 0 if held is None else len(held.history.items)
+        cache = served.model.empty_cache(1) if held is None else held.cache
+        if begin < len(history.items):
+            cache = served.model.extend(cache, _memory_tokens(served.vocabulary, history, begin))
+        if user is not None:
+            self.cache.put(user, Entry(number, history, cache))
+        return cache, reuse
+
+    def _micro_batches(self, items: torch.Tensor, prefix: int, at_ms: int) -> Iterator[Tokens]:
+        for part in items.split(self._micro_batch):
+            yield _query_tokens(part, prefix, at_ms)
+
+
+def _build(version: WeightsVersion) -> _Served:
+    weights, recipe = version.weights, version.manifest.recipe
+    _require_finite(version.number, weights)
+    model = HSTU(recipe.model, actions=len(recipe.actions))
+    try:
+        model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in weights.dense.items()})
+        vocabulary = Vocabulary.from_rows(
+            recipe.model.dim, recipe.vocabulary_seed, weights.keys, weights.rows
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UnusableWeights(
+            f"weights version {version.number} is not what its recipe describes: {error}"
+        ) from error
+    model.eval().requires_grad_(False)
+    with torch.inference_mode():
+        vectors = model.item_vectors(torch.from_numpy(weights.rows[weights.items]))
+    return _Served(
+        version.manifest, model, vocabulary, weights.item_names, weights.keys[weights.items], vectors
+    )
+
+
+def _require_finite(number: int, weights: Weights) -> None:
+    for name, array in [*weights.dense.items(), ("the embedding rows", weights.rows)]:
+        if not np.isfinite(array).all():
+            raise UnusableWeights(f"weights version {number}: {name} holds values that are not finite")
+
+
+def _require_finite_scores(served: _Served, scores: torch.Tensor) -> None:
+    if not torch.isfinite(scores).all():
+        raise NonFiniteScores(
+            f"version {served.manifest.number} gave scores that are not finite: its weights are too large"
+        )
+
+
+def _checked(served: _Served, history: History, features: Keys | None, candidates: int) -> Keys:
+    """The candidates' feature keys, all ABSENT by default."""
+    expected = len(served.manifest.recipe.features)
+    if features is None:
+        features = np.full((candidates, expected), ABSENT, np.int64)
+    if history.features.shape[1] != expected or features.shape != (candidates, expected):
+        raise WrongFeatures(
+            f"version {served.manifest.number} was trained with the features "
+            f"{served.manifest.recipe.features}, so expected {expected} columns; the history has "
+            f"{history.features.shape[1]}, the candidates are of shape {features.shape}"
+        )
+    return features
+
+
+def _event_vectors(
+    vocabulary: Vocabulary, items: Keys, features: Keys
+) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+    """Item vector plus those of its features, column by column as in training; and which items are known."""
+    vectors, known = vocabulary.vectors(items)
+    for column in features.T:
+        present = np.flatnonzero(column != ABSENT)
+        vectors.index_add_(0, torch.from_numpy(present), vocabulary.vectors(column[present])[0])
+    return vectors, known
+
+
+def _memory_tokens(vocabulary: Vocabulary, history: History, begin: int) -> Tokens:
+    """The history's events from `begin` on, as one sequence."""
+    vectors, _ = _event_vectors(vocabulary, history.items[begin:], history.features[begin:])
+    return Tokens.of_events(
+        torch.tensor([len(vectors)]),
+        vectors,
+        torch.from_numpy(history.actions[begin:].astype(np.int64)),
+        torch.from_numpy(history.times[begin:].astype(np.int64)),
+    )
+
+
+def _query_tokens(items: torch.Tensor, prefix: int, at_ms: int) -> Tokens:
+    """Candidates of one sequence, each behind the whole of its history."""
+    count = len(items)
+    return Tokens.of_candidates(
+        torch.tensor([count]), items, torch.full((count,), prefix), torch.full((count,), at_ms)
+    )

@@ -1,0 +1,358 @@
+import dataclasses
+import pathlib
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from grstream.config import ModelConfig, ServeConfig
+from grstream.engine import Engine
+from grstream.histories import History
+from grstream.keys import ABSENT, Keys, Namespace, keys_of_ints
+from grstream.model import HSTU
+from grstream.scores import EngineNotReady, NonFiniteScores, Reuse, UnusableWeights, WrongFeatures
+from grstream.tokens import Tokens
+from grstream.vocabulary import Vocabulary
+from grstream.weights import Manifest, Recipe, Weights, WeightStore, WeightsVersion
+
+MODEL = ModelConfig(layers=2, dim=16, heads=2)
+RECIPE = Recipe(model=MODEL, actions=["click", "like"], features=["context.place"], vocabulary_seed=3)
+ITEMS = keys_of_ints(Namespace.ITEM, np.arange(40))  # the first 30 are known
+PLACES = keys_of_ints(Namespace.FEATURE, np.arange(5))
+NOW = 1_700_000_000_000
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
+
+
+def version(number: int) -> WeightsVersion:
+    """Random weights with biases that matter; each number its own."""
+    torch.manual_seed(number)
+    model = HSTU(MODEL, actions=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name:
+                parameter.normal_(std=0.3)
+    draw = np.random.default_rng(number)
+    keys = np.concatenate([ITEMS[:30], PLACES[:3]])
+    weights = Weights(
+        dense={name: tensor.numpy().copy() for name, tensor in model.state_dict().items()},
+        keys=keys,
+        rows=draw.normal(size=(len(keys), MODEL.dim)).astype(np.float32),
+        items=np.arange(len(keys)) < 30,
+        item_names={int(ITEMS[0]): "zero"},
+    )
+    manifest = Manifest(
+        number=number, step=0, created_ms=0, positions={}, newest_event_ms=0, recipe=RECIPE, files={}
+    )
+    return WeightsVersion(manifest, weights)
+
+
+VERSIONS = {number: version(number) for number in (1, 2, 3)}
+
+
+def history(seed: int, n: int) -> History:
+    draw = np.random.default_rng(seed)
+    return History(
+        items=draw.choice(ITEMS, n),
+        actions=draw.integers(0, 4, n).astype(np.int32),
+        times=NOW - np.sort(draw.integers(0, 10**9, n))[::-1],
+        features=draw.choice([ABSENT, *PLACES], (n, 1)),
+        epoch=0,
+        appended=n,
+    )
+
+
+@torch.inference_mode()
+def from_scratch(held: WeightsVersion, past: History, items: Keys, features: Keys, at_ms: int) -> np.ndarray:
+    """Probabilities by `HSTU.forward` over whole sequences, one candidate at a time."""
+    model = HSTU(MODEL, actions=2).eval()
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in held.weights.dense.items()})
+    table = Vocabulary.from_rows(MODEL.dim, 3, held.weights.keys, held.weights.rows)
+
+    def vectors(keys: Keys, columns: Keys) -> torch.Tensor:
+        out = table.vectors(keys)[0].clone()
+        for i, feature in enumerate(columns[:, 0]):
+            if feature != ABSENT:
+                out[i] += table.vectors(np.array([feature]))[0][0]
+        return out
+
+    n = len(past.items)
+    queries = vectors(items, features)
+    scores = []
+    for query in queries:
+        tokens = Tokens(
+            memory_lengths=torch.tensor([n]),
+            memory_items=vectors(past.items, past.features),
+            memory_actions=torch.from_numpy(past.actions.astype(np.int64)),
+            memory_times=torch.from_numpy(past.times),
+            query_lengths=torch.tensor([1]),
+            query_items=query[None],
+            query_prefix=torch.tensor([n]),
+            query_times=torch.tensor([at_ms]),
+        )
+        scores.append(torch.sigmoid(model.action_logits(model(tokens).query))[0])
+    return torch.stack(scores).numpy()
+
+
+def engine(number: int | None = 1, micro_batch: int = 512, cache_bytes: int = 1 << 20) -> Engine:
+    made = Engine(ServeConfig(micro_batch=micro_batch, cache_bytes=cache_bytes))
+    if number is not None:
+        made.swap(VERSIONS[number])
+    return made
+
+
+def ragged(seed: int, count: int) -> tuple[Keys, Keys]:
+    draw = np.random.default_rng(seed)
+    return draw.permutation(ITEMS)[:count], draw.choice([ABSENT, *PLACES], (count, 1))
+
+
+def grown(past: History, more: History) -> History:
+    columns = {
+        f: np.concatenate([getattr(past, f), getattr(more, f)]) for f in ("items", "actions", "features")
+    }
+    times = np.concatenate([past.times, np.maximum(more.times, past.times[-1] if len(past.times) else 0)])
+    return dataclasses.replace(past, times=times, **columns)
+
+
+def cut(past: History, rows: slice | np.ndarray) -> History:
+    return dataclasses.replace(
+        past, **{f: getattr(past, f)[rows] for f in ("items", "actions", "times", "features")}
+    )
+
+
+@settings(max_examples=25)
+@given(
+    n=st.integers(0, 20), count=st.integers(1, 12), micro_batch=st.integers(1, 13), seed=st.integers(0, 99)
+)
+def test_scores_are_those_of_each_candidate_alone_in_any_order_and_any_micro_batch(
+    n: int, count: int, micro_batch: int, seed: int
+) -> None:
+    past, (items, features) = history(seed, n), ragged(seed, count)
+    expected = from_scratch(VERSIONS[1], past, items, features, NOW)
+    ranked = engine(1, micro_batch).rank(past, items, NOW, features=features)
+    np.testing.assert_allclose(ranked.probabilities, expected, **TOLERANCE)
+    order = np.random.default_rng(seed).permutation(count)
+    other = engine(1, 512).rank(past, items[order], NOW, features=features[order])
+    np.testing.assert_allclose(other.probabilities, expected[order], **TOLERANCE)
+    assert ranked.probabilities.std() > 1e-4, "equal scores for all would prove nothing"
+
+
+class AnyInterleaving(RuleBasedStateMachine):
+    """Users whose histories grow, roll, and take late events, under swaps, evictions and small caches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users: dict[int, History] = {}
+        self.clock = 0
+
+    @initialize(cache=st.sampled_from([0, 8_000, 40_000]), micro_batch=st.integers(1, 5))
+    def start(self, cache: int, micro_batch: int) -> None:
+        self.engine = engine(1, micro_batch, cache)
+        self.held, self.budget = VERSIONS[1], cache
+
+    @rule(user=st.integers(0, 3), count=st.integers(1, 4), seed=st.integers(0, 1000))
+    def append(self, user: int, count: int, seed: int) -> None:
+        self.users[user] = grown(self.users.get(user, history(0, 0)), history(seed, count))
+
+    @rule(user=st.integers(0, 3), count=st.integers(1, 3))
+    def roll(self, user: int, count: int) -> None:
+        if user in self.users:
+            self.users[user] = cut(self.users[user], slice(count, None))
+
+    @rule(user=st.integers(0, 3), place=st.floats(0, 1), seed=st.integers(0, 1000))
+    def late_event(self, user: int, place: float, seed: int) -> None:
+        past = self.users.get(user)
+        if past is not None and len(past.items):
+            at = int(place * len(past.items))
+            late = cut(history(seed, 1), slice(None))
+            late = dataclasses.replace(late, times=past.times[min(at, len(past.times) - 1)][None])
+            parts = (cut(past, slice(at)), late, cut(past, slice(at, None)))
+            self.users[user] = dataclasses.replace(
+                past,
+                **{
+                    f: np.concatenate([getattr(p, f) for p in parts])
+                    for f in ("items", "actions", "times", "features")
+                },
+            )
+
+    @rule(user=st.integers(0, 3))
+    def forget(self, user: int) -> None:
+        self.users.pop(user, None)
+
+    @rule(number=st.sampled_from([1, 2, 3]))
+    def swap(self, number: int) -> None:
+        self.held = VERSIONS[number]
+        self.engine.swap(self.held)
+
+    @rule(user=st.integers(0, 3), count=st.integers(1, 6), seed=st.integers(0, 99))
+    def rank(self, user: int, count: int, seed: int) -> None:
+        past, (items, features) = self.users.get(user, history(0, 0)), ragged(seed, count)
+        ranked = self.engine.rank(past, items, NOW + seed, features=features, user=user)
+        assert ranked.version == self.held.number
+        expected = from_scratch(self.held, past, items, features, NOW + seed)
+        np.testing.assert_allclose(ranked.probabilities, expected, **TOLERANCE)
+        np.testing.assert_array_equal(ranked.known, np.isin(items, ITEMS[:30]))
+
+    @invariant()
+    def stays_within_its_budget(self) -> None:
+        if hasattr(self, "engine"):
+            assert 0 <= self.engine.cache.nbytes <= self.budget
+
+
+def test_no_interleaving_of_change_and_request_shows_in_a_score() -> None:
+    run_state_machine_as_test(AnyInterleaving, settings=settings(max_examples=30, stateful_step_count=20))
+
+
+def test_the_cache_spares_what_it_can_and_nothing_that_changed() -> None:
+    served, long = engine(), history(1, 10)
+
+    def reuse(past: History, user: int | None = 7) -> Reuse:
+        return served.rank(past, ITEMS[:1], NOW, user=user).reuse
+
+    assert reuse(cut(long, slice(6))) is Reuse.MISS
+    assert reuse(cut(long, slice(6))) is Reuse.HIT
+    assert reuse(long) is Reuse.EXTEND
+    assert reuse(long) is Reuse.HIT
+    assert reuse(long, user=8) is Reuse.MISS
+    assert reuse(cut(long, slice(2, None))) is Reuse.MISS
+    assert reuse(long) is Reuse.MISS
+    for field in ("items", "actions", "times", "features"):
+        changed = getattr(long, field).copy()
+        changed[4] += 1
+        assert reuse(dataclasses.replace(long, **{field: changed})) is Reuse.MISS
+        assert reuse(long) is Reuse.MISS
+    served.swap(VERSIONS[2])
+    assert reuse(long) is Reuse.MISS
+    assert reuse(long, user=None) is Reuse.MISS
+    assert served.retrieve(long, 3, user=7).reuse is Reuse.HIT
+
+
+def test_the_least_recently_used_user_is_forgotten_first() -> None:
+    entry = engine()
+    entry.rank(history(1, 5), ITEMS[:1], NOW, user=1)
+    served = engine(cache_bytes=entry.cache.nbytes * 2)
+    for user in (1, 2, 1, 3):
+        served.rank(history(user, 5), ITEMS[:1], NOW, user=user)
+    found = {user: served.rank(history(user, 5), ITEMS[:1], NOW, user=user).reuse for user in (3, 1)}
+    assert found == {3: Reuse.HIT, 1: Reuse.HIT}
+    assert served.rank(history(2, 5), ITEMS[:1], NOW, user=2).reuse is Reuse.MISS
+
+
+@pytest.mark.parametrize("n", [0, 9])
+def test_retrieval_is_exact_and_ranks_items_alone(n: int) -> None:
+    past, served = history(4, n), engine()
+    everything = served.retrieve(past, 1000)
+    assert sorted(everything.items.tolist()) == sorted(ITEMS[:30].tolist())
+    assert (np.diff(everything.scores) <= 0).all()
+    assert everything.names == {int(ITEMS[0]): "zero"}
+    assert everything.version == 1
+    few = served.retrieve(past, 4, exclude=everything.items[[0, 2]])
+    np.testing.assert_array_equal(few.items, everything.items[[1, 3, 4, 5]])
+    assert len(served.retrieve(past, 5, exclude=ITEMS).items) == 0
+
+
+def test_retrieval_scores_are_the_newest_memory_token_against_item_vectors() -> None:
+    past, held = history(4, 9), VERSIONS[1]
+    model = HSTU(MODEL, actions=2).eval()
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in held.weights.dense.items()})
+    table = Vocabulary.from_rows(MODEL.dim, 3, held.weights.keys, held.weights.rows)
+    vectors = table.vectors(past.items)[0].clone()
+    for i, feature in enumerate(past.features[:, 0]):
+        if feature != ABSENT:
+            vectors[i] += table.vectors(np.array([feature]))[0][0]
+    tokens = Tokens.of_events(
+        torch.tensor([9]),
+        vectors,
+        torch.from_numpy(past.actions.astype(np.int64)),
+        torch.from_numpy(past.times),
+    )
+    with torch.inference_mode():
+        user = model.user_vectors(model(tokens).memory[-1:])
+        scores = (user @ model.item_vectors(torch.from_numpy(held.weights.rows[:30])).T)[0].numpy()
+    found = engine().retrieve(past, 30)
+    by_key = dict(zip(found.items.tolist(), found.scores.tolist(), strict=True))
+    np.testing.assert_allclose([by_key[k] for k in ITEMS[:30].tolist()], scores, **TOLERANCE)
+
+
+def test_before_the_first_version_an_engine_says_that_it_is_not_ready() -> None:
+    with pytest.raises(EngineNotReady, match="publish"):
+        engine(None).rank(history(0, 2), ITEMS[:1], NOW)
+    with pytest.raises(EngineNotReady, match="publish"):
+        engine(None).retrieve(history(0, 2), 1)
+    assert engine(None).manifest is None
+
+
+def test_a_version_with_a_nan_or_of_another_shape_is_refused_and_the_old_one_goes_on() -> None:
+    served, good = engine(), VERSIONS[2]
+    poisoned = {**good.weights.dense, "start": np.full(MODEL.dim, np.nan, np.float32)}
+    renamed = {("x" + name): array for name, array in good.weights.dense.items()}
+    rows = good.weights.rows.copy()
+    rows[3, 4] = np.inf
+    for changes, word in [
+        ({"dense": poisoned}, "start"),
+        ({"rows": rows}, "rows"),
+        ({"dense": renamed}, "recipe"),
+        ({"rows": good.weights.rows[:, :5]}, "recipe"),
+    ]:
+        with pytest.raises(UnusableWeights, match=word):
+            served.swap(WeightsVersion(good.manifest, dataclasses.replace(good.weights, **changes)))
+    assert served.rank(history(1, 3), ITEMS[:2], NOW).version == 1
+
+
+def test_a_score_that_overflows_is_an_error_and_no_answer() -> None:
+    good = VERSIONS[1]
+    huge = {**good.weights.dense, "ranking.3.bias": np.array([3e38, 0], np.float32)}
+    huge["ranking.3.weight"] = np.full_like(good.weights.dense["ranking.3.weight"], 3e38)
+    served = engine(None)
+    served.swap(WeightsVersion(good.manifest, dataclasses.replace(good.weights, dense=huge)))
+    with pytest.raises(NonFiniteScores, match="version 1"):
+        served.rank(history(1, 3), ITEMS[:9], NOW)
+
+
+def test_features_other_than_those_trained_with_are_refused() -> None:
+    two = dataclasses.replace(history(1, 3), features=np.full((3, 2), ABSENT, np.int64))
+    with pytest.raises(WrongFeatures, match=r"context\.place"):
+        engine().rank(two, ITEMS[:1], NOW)
+    with pytest.raises(WrongFeatures, match=r"context\.place"):
+        engine().rank(history(1, 3), ITEMS[:2], NOW, features=np.full((1, 1), ABSENT, np.int64))
+
+
+def test_requests_during_swaps_are_each_answered_by_one_version() -> None:
+    served, past = engine(1), history(2, 8)
+    expected = {
+        n: from_scratch(v, past, ITEMS[:4], np.full((4, 1), ABSENT, np.int64), NOW)
+        for n, v in VERSIONS.items()
+    }
+    done, seen = threading.Event(), set()
+
+    def swap() -> None:
+        for i in range(60):
+            served.swap(VERSIONS[i % 3 + 1])
+        done.set()
+
+    swapper = threading.Thread(target=swap)
+    swapper.start()
+    while not done.is_set():
+        ranked = served.rank(past, ITEMS[:4], NOW, user=1)
+        np.testing.assert_allclose(ranked.probabilities, expected[ranked.version], **TOLERANCE)
+        seen.add(ranked.version)
+    swapper.join()
+    assert len(seen) > 1
+
+
+def test_a_scorer_can_be_built_from_a_published_version_alone(tmp_path: pathlib.Path) -> None:
+    WeightStore(tmp_path).publish(
+        VERSIONS[3].weights, RECIPE, step=1, positions={0: [(0, 5)]}, newest_event_ms=9
+    )
+    loaded = WeightStore(tmp_path).newer_than(0)
+    assert loaded is not None
+    served = engine(None)
+    served.swap(loaded)
+    past, (items, features) = history(5, 7), ragged(5, 6)
+    ranked = served.rank(past, items, NOW, features=features)
+    np.testing.assert_allclose(
+        ranked.probabilities, from_scratch(VERSIONS[3], past, items, features, NOW), **TOLERANCE
+    )
