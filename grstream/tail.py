@@ -1,0 +1,227 @@
+"""`HistoryTail`: follows partitions of the log into histories, for serving.
+
+It reads as the trainer's readers do and folds with the same `RollingHistories` (law 3), but writes nothing;
+dead letters are the trainer's to send. It begins at the log's start, reads on through a broker that goes away
+and comes back, and never passes over lost offsets in silence: they are logged and counted.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import kafka
+import kafka.errors
+import numpy as np
+
+from grstream.config import Config
+from grstream.events import EventDecoder
+from grstream.histories import History, RollingHistories
+from grstream.kafka import BrokerUnavailable, TopicMissing, consumer, partition_count, reaching
+
+logger = logging.getLogger(__name__)
+
+POLL_MS = 100  # how late a stop or a probe may come; new records end the wait at once
+PROBE_S = 1.0  # between questions for the log's end: the lag is known this well, and so is a broker's absence
+RETRY_S = 0.25  # first wait before connecting again; doubled each time up to
+RETRY_MAX_S = 5.0
+
+
+class TailNotReady(RuntimeError):
+    """Histories have not caught up with the log since the tail started: what it holds may lack events."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TailStatus:
+    """Where a tail stands."""
+
+    connected: bool
+    caught_up: bool  # was at the log's end at least once
+    partitions: int | None  # of the topic; None until the broker was reached
+    positions: dict[int, int]  # partition -> next offset to be read, of this tail's partitions
+    lag: int | None  # offsets between the positions and the log's end, as of the last probe
+    gaps: int  # offsets that the log no longer had when they were due
+    rejected: int  # records that are no events
+    reason: str | None  # why it is not connected
+
+
+@dataclasses.dataclass
+class _Partition:
+    histories: RollingHistories
+    position: int
+    end: int  # of the log, as of the last probe
+
+
+class HistoryTail:
+    """Histories of the partitions p with p % shards == shard, kept current by a thread. Thread-safe."""
+
+    def __init__(self, config: Config, shard: int = 0, shards: int = 1) -> None:
+        self._config, self._shard, self._shards = config, shard, shards
+        self._decoder = EventDecoder(config.events)
+        self._lock = threading.Lock()  # over the histories and all the state below
+        self._partitions: dict[int, _Partition] = {}
+        self._count: int | None = None
+        self._connected = self._caught_up = False
+        self._gaps = self._rejected = 0
+        self._reason: str | None = "the log has not been reached yet"
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"history-tail-{shard}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def history(self, user: int, partition: int) -> tuple[History, int]:
+        """A user's history by user key, and the position it is as of.
+
+        Raises TailNotReady before the tail has caught up, LookupError for a partition that is not its own.
+        """
+        with self._lock:
+            if not self._caught_up:
+                raise TailNotReady(
+                    f"histories are being read from the log: {self._reason or 'not at its end'}"
+                )
+            held = self._partitions.get(partition)
+            if held is None:
+                raise LookupError(
+                    f"partition {partition} is not one of {sorted(self._partitions)}, those of shard "
+                    f"{self._shard} of {self._shards}"
+                )
+            return held.histories.history(user), held.position
+
+    def status(self) -> TailStatus:
+        with self._lock:
+            known = self._count is not None
+            return TailStatus(
+                connected=self._connected,
+                caught_up=self._caught_up,
+                partitions=self._count,
+                positions={p: held.position for p, held in self._partitions.items()},
+                lag=sum(max(0, h.end - h.position) for h in self._partitions.values()) if known else None,
+                gaps=self._gaps,
+                rejected=self._rejected,
+                reason=self._reason,
+            )
+
+    # -- the thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        wait_s = RETRY_S
+        while not self._stopping.is_set():
+            try:
+                with self._log() as log:
+                    wait_s = RETRY_S
+                    self._follow(log)
+            except (BrokerUnavailable, TopicMissing, kafka.errors.KafkaError) as error:
+                with self._lock:
+                    self._connected, self._reason = False, str(error)
+                logger.warning("histories do not follow the log; again in %.1f s: %s", wait_s, error)
+                self._stopping.wait(wait_s)
+                wait_s = min(2 * wait_s, RETRY_MAX_S)
+
+    @contextlib.contextmanager
+    def _log(self) -> Iterator[kafka.KafkaConsumer]:
+        """A consumer at the positions of this tail's partitions."""
+        count = partition_count(self._config.kafka)
+        if self._count is not None and count != self._count:
+            logger.error(
+                "topic %s went from %d to %d partitions: users have moved between them, and their histories "
+                "with them only in part; start the application again",
+                *(self._config.kafka.topic, self._count, count),
+            )
+        with contextlib.closing(consumer(self._config.kafka)) as log:
+            log.assign([self._tp(p) for p in range(self._shard, count, self._shards)])
+            begins = self._bounds(log.beginning_offsets, log)
+            ends = self._bounds(log.end_offsets, log)
+            with self._lock:
+                self._count = count
+                for partition, end in ends.items():
+                    self._resume(partition, begins[partition], end)
+                self._connected, self._reason = True, None
+            for partition, held in self._partitions.items():
+                log.seek(self._tp(partition), held.position)
+            yield log
+
+    def _resume(self, partition: int, begin: int, end: int) -> None:
+        """Where to read on within the log as it is now."""
+        held = self._partitions.get(partition)
+        if held is None:
+            self._partitions[partition] = _Partition(self._empty(partition), begin, end)
+            return
+        held.end = end
+        if held.position > end:
+            logger.error(
+                "partition %d ends at %d, before position %d: it is another log; histories are read anew",
+                *(partition, end, held.position),
+            )
+            self._gaps += held.position - end
+            held.histories, held.position = self._empty(partition), begin
+            self._caught_up = False
+        elif held.position < begin:
+            logger.error(
+                "%d offsets of partition %d are lost to histories: the log begins at %d, beyond position %d",
+                *(begin - held.position, partition, begin, held.position),
+            )
+            self._gaps += begin - held.position
+            held.position = begin
+
+    def _follow(self, log: kafka.KafkaConsumer) -> None:
+        """Fold records in until told to stop. Raises what the client raises, a lost range among them."""
+        probed = time.monotonic()
+        while not self._stopping.is_set():
+            with reaching(self._config.kafka):
+                fetched = log.poll(timeout_ms=POLL_MS)
+                for tp in log.assignment():
+                    self._take(tp.partition, fetched.get(tp, []), log.position(tp))
+                if time.monotonic() - probed > PROBE_S:
+                    ends = self._bounds(log.end_offsets, log)
+                    probed = time.monotonic()
+                    with self._lock:
+                        for partition, end in ends.items():
+                            self._partitions[partition].end = end
+            self._note_end()
+
+    def _take(self, partition: int, records: list, position: int) -> None:
+        """Fold in records, and pass over offsets that hold none."""
+        held = self._partitions[partition]
+        decoded = None
+        if records:
+            offsets = np.fromiter((r.offset for r in records), np.int64, len(records))
+            times = np.fromiter((r.timestamp for r in records), np.int64, len(records))
+            decoded = self._decoder.decode(partition, offsets, [r.value for r in records], times)
+        with self._lock:
+            if decoded is not None:
+                held.histories.append(decoded.batch)
+                self._rejected += len(decoded.rejected)
+            held.position = max(held.position, position)
+
+    def _note_end(self) -> None:
+        if self._caught_up:
+            return
+        with self._lock:
+            self._caught_up = all(held.position >= held.end for held in self._partitions.values())
+        if self._caught_up:
+            logger.info("shard %d has caught up with the log", self._shard)
+
+    def _bounds(self, ask: Callable[..., Mapping], log: kafka.KafkaConsumer) -> Mapping[int, int]:
+        with reaching(self._config.kafka):
+            return {tp.partition: offset for tp, offset in ask(log.assignment()).items()}
+
+    def _empty(self, partition: int) -> RollingHistories:
+        return RollingHistories(
+            self._config.histories,
+            features=len(self._config.events.features),
+            partition=partition,
+            track_new=False,
+        )
+
+    def _tp(self, partition: int) -> kafka.TopicPartition:
+        return kafka.TopicPartition(self._config.kafka.topic, partition)

@@ -1,0 +1,225 @@
+import contextlib
+import logging
+import pathlib
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import kafka
+import numpy as np
+import pytest
+
+from grstream.config import Config, parse
+from grstream.events import ActionEvent, EventDecoder
+from grstream.histories import RollingHistories
+from grstream.kafka import create_topic, partition_of, producer
+from grstream.keys import Id, Namespace, key_of, partition_key
+from grstream.tail import HistoryTail, TailNotReady
+
+pytestmark = pytest.mark.kafka
+PATIENCE_S = 30.0
+
+
+def config_for(bootstrap: str, **histories: Any) -> Config:
+    return parse(
+        {
+            "storage": "unused",
+            "kafka": {
+                "bootstrap_servers": [bootstrap],
+                "topic": f"tail-{uuid.uuid4().hex[:8]}",
+                "request_timeout_ms": 1500,
+            },
+            "events": {"actions": ["click", "like"], "context": ["place"]},
+            "histories": histories,
+        }
+    )
+
+
+def event(user: Id, item: Id, at: int) -> ActionEvent:
+    return ActionEvent(
+        user_id=user, item_id=item, actions=["like"], timestamp_ms=at, context={"place": f"p{at % 3}"}
+    )
+
+
+def post(config: Config, events: list[ActionEvent]) -> None:
+    with contextlib.closing(producer(config.kafka)) as log:
+        for e in events:
+            log.send(config.kafka.topic, e.to_json(), key=partition_key(e.user_id))
+        log.flush(timeout=10)
+
+
+@contextlib.contextmanager
+def tailing(config: Config, shard: int = 0, shards: int = 1) -> Iterator[HistoryTail]:
+    tail = HistoryTail(config, shard, shards)
+    tail.start()
+    try:
+        yield tail
+    finally:
+        tail.stop()
+
+
+def eventually(check: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not check():
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.01)
+
+
+def length(tail: HistoryTail, user: Id, partitions: int) -> int:
+    with contextlib.suppress(TailNotReady):
+        return len(tail.history(key_of(Namespace.USER, user), partition_of(user, partitions))[0].items)
+    return -1
+
+
+def test_a_tail_holds_what_the_same_histories_folded_from_the_whole_log_hold(kafka_bootstrap: str) -> None:
+    config = config_for(kafka_bootstrap, window=8, chunk=3, lateness_ms=50)
+    create_topic(config.kafka, 3)
+    draw = np.random.default_rng(0)
+    users: list[Id] = [*range(20), "ann", "bob"]
+    events = [
+        event(users[u], f"item {i % 7}" if i % 2 else i, 1000 + i + int(draw.integers(-30, 30)))
+        for i, u in enumerate(draw.integers(0, len(users), 600))
+    ]
+    post(config, events[:250])
+    with tailing(config, 0, 2) as even, tailing(config, 1, 2) as odd:
+        eventually(lambda: even.status().caught_up and odd.status().caught_up)
+        for i in range(250, 600, 50):
+            post(config, events[i : i + 50])
+        ends = log_ends(config, 3)
+        eventually(lambda: {**even.status().positions, **odd.status().positions} == ends)
+        assert even.status().positions.keys() == {0, 2}
+        assert odd.status().positions.keys() == {1}
+        expected = folded(config, 3)
+        for user in users:
+            partition, key = partition_of(user, 3), key_of(Namespace.USER, user)
+            history, position = (odd if partition % 2 else even).history(key, partition)
+            truth = expected[partition].history(key)
+            assert position == ends[partition]
+            assert len(truth.items) > 0
+            for field in ("items", "actions", "times", "features"):
+                np.testing.assert_array_equal(getattr(history, field), getattr(truth, field))
+            assert (history.epoch, history.item_names) == (truth.epoch, truth.item_names)
+        with pytest.raises(LookupError, match="shard 1 of 2"):
+            odd.history(key_of(Namespace.USER, 1), 0)
+
+
+def log_ends(config: Config, partitions: int) -> dict[int, int]:
+    with contextlib.closing(kafka.KafkaConsumer(bootstrap_servers=config.kafka.bootstrap_servers)) as log:
+        tps = [kafka.TopicPartition(config.kafka.topic, p) for p in range(partitions)]
+        return {tp.partition: end for tp, end in log.end_offsets(tps).items()}
+
+
+def folded(config: Config, partitions: int) -> dict[int, RollingHistories]:
+    """Histories of the log as read by another client in batches of other sizes."""
+    decoder, out = EventDecoder(config.events), {}
+    for partition in range(partitions):
+        out[partition] = RollingHistories(config.histories, features=1, partition=partition, track_new=False)
+        end = log_ends(config, partitions)[partition]
+        log = kafka.KafkaConsumer(bootstrap_servers=config.kafka.bootstrap_servers, max_poll_records=7)
+        with contextlib.closing(log):
+            tp = kafka.TopicPartition(config.kafka.topic, partition)
+            log.assign([tp])
+            log.seek(tp, 0)
+            while log.position(tp) < end:
+                for records in log.poll(timeout_ms=100).values():
+                    offsets, times = (
+                        np.array([getattr(r, f) for r in records]) for f in ("offset", "timestamp")
+                    )
+                    values = [r.value for r in records]
+                    out[partition].append(decoder.decode(partition, offsets, values, times).batch)
+    return out
+
+
+def test_an_action_shows_in_a_history_without_waiting_for_others(kafka_bootstrap: str) -> None:
+    config = config_for(kafka_bootstrap)
+    create_topic(config.kafka, 1)
+    with tailing(config) as tail:
+        eventually(lambda: tail.status().caught_up)
+        assert length(tail, 1, 1) == 0
+        post(config, [event(1, 5, 10)])
+        eventually(lambda: length(tail, 1, 1) == 1)
+        status = tail.status()
+        assert (status.connected, status.positions, status.gaps, status.reason) == (True, {0: 1}, 0, None)
+        eventually(lambda: tail.status().lag == 0)
+
+
+def test_bytes_that_are_no_event_are_counted_and_passed_over(kafka_bootstrap: str) -> None:
+    config = config_for(kafka_bootstrap)
+    create_topic(config.kafka, 1)
+    with contextlib.closing(producer(config.kafka)) as log:
+        for value in (b"\xff\x00poison", b"{}", None, event(1, 2, 3).to_json()):
+            log.send(config.kafka.topic, value, key=b"1")
+    with tailing(config) as tail:
+        eventually(lambda: length(tail, 1, 1) == 1)
+        assert tail.status().rejected == 2
+        assert tail.status().positions == {0: 4}
+
+
+def test_a_topic_that_does_not_exist_is_named_and_waited_for(kafka_bootstrap: str) -> None:
+    config = config_for(kafka_bootstrap)
+    with tailing(config) as tail:
+        eventually(lambda: config.kafka.topic in (tail.status().reason or ""))
+        assert not tail.status().connected
+        with pytest.raises(TailNotReady, match=config.kafka.topic):
+            tail.history(1, 0)
+        create_topic(config.kafka, 1)
+        eventually(lambda: tail.status().caught_up)
+
+
+def test_a_broker_that_goes_away_leaves_histories_readable_and_is_read_on_when_it_is_back(
+    broker_process: Any, tmp_path: pathlib.Path
+) -> None:
+    with broker_process(tmp_path / "log") as (process, bootstrap):
+        port = int(bootstrap.rsplit(":", 1)[1])
+        config = config_for(bootstrap)
+        create_topic(config.kafka, 1)
+        post(config, [event(1, i, i) for i in range(3)])
+        tail = HistoryTail(config)
+        tail.start()
+        eventually(lambda: length(tail, 1, 1) == 3)
+        process.kill()
+        process.wait()
+        eventually(lambda: not tail.status().connected)
+        assert bootstrap in (tail.status().reason or "")
+        assert length(tail, 1, 1) == 3
+    with broker_process(tmp_path / "log", port):
+        post(config, [event(1, 9, 9)])
+        eventually(lambda: length(tail, 1, 1) == 4)
+        assert tail.status().connected
+        assert tail.status().gaps == 0
+        tail.stop()
+    assert not tail.is_alive()
+
+
+def test_a_broker_that_is_down_at_the_start_is_waited_for(
+    broker_process: Any, tmp_path: pathlib.Path
+) -> None:
+    with broker_process(tmp_path / "log") as (_, bootstrap):
+        config = config_for(bootstrap)
+        create_topic(config.kafka, 1)
+    port = int(bootstrap.rsplit(":", 1)[1])
+    with tailing(config) as tail:
+        eventually(lambda: "grstream broker" in (tail.status().reason or ""))
+        assert tail.status().partitions is None
+        with broker_process(tmp_path / "log", port):
+            eventually(lambda: tail.status().caught_up)
+
+
+def test_a_log_that_is_not_the_one_it_was_is_said_so_and_read_anew(
+    broker_process: Any, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with broker_process(tmp_path / "one") as (_, bootstrap):
+        config = config_for(bootstrap)
+        create_topic(config.kafka, 1)
+        post(config, [event(1, i, i) for i in range(5)])
+        tail = HistoryTail(config)
+        tail.start()
+        eventually(lambda: length(tail, 1, 1) == 5)
+    with caplog.at_level(logging.ERROR), broker_process(tmp_path / "two", int(bootstrap.rsplit(":", 1)[1])):
+        create_topic(config.kafka, 1)
+        post(config, [event(1, 7, 7)])
+        eventually(lambda: length(tail, 1, 1) == 1)
+        assert tail.status().gaps == 4
+        tail.stop()
+    assert "another log" in caplog.text
