@@ -1,0 +1,130 @@
+"""The Serve application: `serve run serve.app:build config=CONFIG.yaml`, or the same in a declarative config.
+
+clients ─► gateways ─► history-0 … history-n     histories, live from the log
+                  └──► scorers                   by consistent hash of the user
+"""
+
+import importlib.util
+import os
+import pathlib
+from typing import Any
+
+import fastapi
+import pydantic
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+from ray.serve.handle import DeploymentHandle
+
+import grstream
+from grstream import config as configuration
+from grstream.config import Config
+from serve.backend import RayBackend
+from serve.errors import RETRY_AFTER_S
+from serve.gateway import create_app
+from serve.scorer import Scorer
+from serve.shard import HistoryShard
+
+# Logical CPUs, which Ray counts but does not enforce: with these an application of one scorer and one shard
+# fits beside a trainer on two cores. Below 1, Ray also keeps torch to one thread a process.
+GATEWAY_CPUS, SHARD_CPUS, SCORER_CPUS = 0.1, 0.1, 0.3
+# Serve lets 5 requests into a replica by default; a gateway only waits, and a scorer keeps its own line.
+GATEWAY_REQUESTS = 1000
+HEADROOM = 2  # requests over the scorer's queue that reach it, to be told that it is full
+HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2, 10  # Serve's 10 and 30 leave a hung replica in service for long
+
+
+class WrongPackage(ImportError):
+    """Another distribution's package of the same name comes first on the path."""
+
+
+class Arguments(pydantic.BaseModel):
+    """What `serve run serve.app:build` takes."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    config: str | dict[str, Any] = pydantic.Field(description="path of the YAML file, or its content")
+
+
+def build(arguments: Arguments) -> Application:
+    """The application of a configuration. Raises ConfigError, and WrongPackage for a name clash."""
+    for name in ("serve", "kernels"):
+        require_own(name)
+    if isinstance(arguments.config, str):
+        config = configuration.load(arguments.config)
+    else:
+        config = configuration.parse(arguments.config)
+    return application(config)
+
+
+def application(config: Config) -> Application:
+    """The deployments of a configuration, bound together."""
+    options = {
+        "health_check_period_s": HEALTH_PERIOD_S,
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
+        "graceful_shutdown_timeout_s": config.serve.request_timeout_ms / 1000,
+    }
+    shards = [
+        serve.deployment(HistoryShard)
+        .options(
+            name=f"history-{index}",
+            num_replicas=1,
+            ray_actor_options={"num_cpus": SHARD_CPUS},
+            max_ongoing_requests=GATEWAY_REQUESTS,
+            max_queued_requests=config.serve.queue,
+            **options,
+        )
+        .bind(config, index)
+        for index in range(config.serve.history_shards)
+    ]
+    scorers = (
+        serve.deployment(Scorer)
+        .options(
+            name="scorer",
+            num_replicas=config.serve.replicas,
+            ray_actor_options={"num_cpus": SCORER_CPUS},
+            max_ongoing_requests=config.serve.queue + HEADROOM,
+            max_queued_requests=config.serve.queue,
+            request_router_config=RequestRouterConfig(request_router_class=ConsistentHashRouter),
+            **options,
+        )
+        .bind(config)
+    )
+    return (
+        serve.deployment(Gateway)
+        .options(
+            name="gateway",
+            num_replicas=config.serve.gateways,
+            ray_actor_options={"num_cpus": GATEWAY_CPUS},
+            max_ongoing_requests=GATEWAY_REQUESTS,
+            max_queued_requests=GATEWAY_REQUESTS,
+            backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
+            **options,
+        )
+        .bind(config, scorers, shards)
+    )
+
+
+@serve.ingress()
+class Gateway:
+    """The ingress deployment: `serve.gateway` over Ray."""
+
+    def __init__(self, config: Config, scorers: DeploymentHandle, shards: list[DeploymentHandle]) -> None:
+        self._config = config
+        self._backend = RayBackend(config, scorers, shards)
+
+    def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
+        return create_app(self._config, self._backend)
+
+
+def require_own(name: str) -> None:
+    """Raise WrongPackage unless package `name` is the one beside grstream."""
+    home = pathlib.Path(str(grstream.__file__)).parent.parent
+    spec = importlib.util.find_spec(name)
+    found = None if spec is None or spec.origin is None else pathlib.Path(spec.origin)
+    if found is None or os.path.realpath(found.parent.parent) != os.path.realpath(home):
+        raise WrongPackage(
+            f"`import {name}` finds {found}, which is not grstream's {home / name}: another distribution has "
+            f"that name; put grstream first on PYTHONPATH or uninstall the other"
+        )

@@ -1,0 +1,140 @@
+"""What stands behind the gateway, on Ray Serve: history shards, scorers and the log."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, WorkerCrashedError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    RequestCancelledError,
+)
+from ray.serve.handle import DeploymentHandle
+
+from grstream.config import Config
+from grstream.events import ActionEvent
+from grstream.histories import History
+from grstream.kafka import partition_of
+from grstream.keys import Id, Keys, Namespace, key_of
+from grstream.scores import EngineNotReady, Ranked, Retrieved
+from grstream.tail import TailNotReady, TailStatus
+from grstream.weights import Manifest
+from serve.errors import QueueFull, Unavailable
+from serve.gateway import UserHistory
+from serve.schemas import Appended, ReadyAnswer, ShardState
+from serve.writer import ActionWriter
+
+WRITERS = 16  # posts that wait for acknowledgements at once, each a few milliseconds
+# What Ray and Serve raise where a replica has died, is starting, or is not to be had.
+AWAY = (
+    RayActorError,
+    WorkerCrashedError,
+    ObjectLostError,
+    GetTimeoutError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    RequestCancelledError,
+)
+
+
+class RayBackend:
+    """A `serve.gateway.Backend` over deployment handles."""
+
+    def __init__(self, config: Config, scorers: DeploymentHandle, shards: Sequence[DeploymentHandle]) -> None:
+        self._scorers, self._shards = scorers, shards
+        self._partitions: int | None = None  # of the topic
+        self._queue = config.serve.queue
+        self._posting = 0
+        self._writer = ActionWriter(config)
+        self._writers = concurrent.futures.ThreadPoolExecutor(WRITERS, thread_name_prefix="writer")
+
+    async def history(self, user: Id) -> UserHistory:
+        partition = partition_of(user, await self._partition_count())
+        shard = self._shards[partition % len(self._shards)]
+        with _reaching("history shard"):
+            held: UserHistory = await shard.history.remote(key_of(Namespace.USER, user), partition)
+            return held
+
+    async def rank(self, user: Id, history: History, items: Keys, features: Keys, at_ms: int) -> Ranked:
+        with _reaching("scorer"):
+            scorer = self._scorers.options(session_id=str(user))
+            ranked: Ranked = await scorer.rank.remote(
+                key_of(Namespace.USER, user), history, items, features, at_ms
+            )
+            return ranked
+
+    async def retrieve(self, user: Id, history: History, k: int, exclude: Keys) -> Retrieved:
+        with _reaching("scorer"):
+            scorer = self._scorers.options(session_id=str(user))
+            found: Retrieved = await scorer.retrieve.remote(key_of(Namespace.USER, user), history, k, exclude)
+            return found
+
+    async def append(self, events: Sequence[ActionEvent]) -> list[Appended]:
+        if self._posting >= self._queue:
+            raise Unavailable("queue_full", f"{self._posting} posts wait for the log already")
+        self._posting += 1
+        try:
+            posted = self._writers.submit(self._writer.append, events)
+            return await asyncio.wrap_future(posted)
+        finally:
+            self._posting -= 1
+
+    async def manifest(self) -> Manifest:
+        with _reaching("scorer"):
+            manifest: Manifest = await self._scorers.manifest.remote()
+            return manifest
+
+    async def readiness(self) -> ReadyAnswer:
+        statuses = [await self._status(i) for i in range(len(self._shards))]
+        version, reason = None, None
+        try:
+            version = (await self.manifest()).number
+        except EngineNotReady as error:
+            reason = str(error)
+        for i, status in enumerate(statuses):
+            if not status.caught_up:
+                lag = "" if status.lag is None else f", {status.lag} events to go"
+                reason = f"history shard {i} is catching up with the log{lag}; {status.reason or 'reading'}"
+        shards = [
+            ShardState(
+                connected=s.connected,
+                caught_up=s.caught_up,
+                positions=s.positions,
+                lag=s.lag,
+                gaps=s.gaps,
+            )
+            for s in statuses
+        ]
+        return ReadyAnswer(ready=reason is None, reason=reason, version=version, shards=shards)
+
+    async def _partition_count(self) -> int:
+        """Of the topic: asked once, since users would move between partitions if it changed."""
+        if self._partitions is None:
+            status = await self._status(0)
+            if status.partitions is None:
+                raise Unavailable("not_ready", status.reason or "the log has not been reached yet")
+            self._partitions = status.partitions
+        return self._partitions
+
+    async def _status(self, shard: int) -> TailStatus:
+        with _reaching("history shard"):
+            status: TailStatus = await self._shards[shard].status.remote()
+            return status
+
+
+@contextlib.contextmanager
+def _reaching(what: str) -> Iterator[None]:
+    """Turns what Ray and Serve raise within, where `what` is away, into Unavailable."""
+    kind = what.replace(" ", "_")
+    try:
+        yield
+    except (BackPressureError, QueueFull) as error:
+        raise Unavailable("queue_full", f"{what}: {error}") from error
+    except TailNotReady as error:
+        raise Unavailable("not_ready", str(error)) from error
+    except AWAY as error:
+        message = f"the {what} is away ({type(error).__name__}); it is being started again"
+        raise Unavailable(f"{kind}_unavailable", message) from error
