@@ -23,7 +23,7 @@ from kernels.buckets import POSITION_BUCKETS, TIME_BUCKETS, TIME_OFFSET, TIME_SH
 from kernels.sight import Sight
 
 BLOCK_PAIRS = 1 << 18  # pairs of a block: one head's scores are 1 MiB of fp32, which a core's L2 cache holds
-BLOCK_ROWS = 64  # rows of a sequence in one block: later memory than the last row's is not computed
+BLOCK_ROWS = 64  # rows of a sequence in a full block: memory later than the last row's is not computed
 WASTE_SHARE = 0.15  # padded pairs a block may carry per real one
 WASTE_PAIRS = 1 << 14  # and in any case: computing them takes less time than another block's PyTorch calls
 MEMORY_PAIRS = 8  # a padded memory token costs about as much as so many padded pairs
@@ -147,36 +147,44 @@ class _Lookup(torch.autograd.Function):
 
 
 def _plan(sight: Sight, heads: int) -> _Plan:
-    seen = _seen(sight)
+    row_lengths, seen = sight.row_lengths.tolist(), _seen(sight)
     row_starts, memory_starts = jagged.starts(sight.row_lengths), jagged.starts(sight.memory_lengths)
-    longest = int(sight.memory_lengths.max()) if seen else 0
-    bases = _position_bases(longest, sight.row_prefix.device)
+    bases = _position_bases(max(seen, default=0), sight.row_prefix.device)
     rows, memory = _Padding(heads), _Padding(heads)
     blocks: list[_Block] = []
-    for group, members in enumerate(_groups(sight.row_lengths.tolist(), seen)):
+    for group, members in enumerate(_groups(row_lengths, seen)):
+        width, longest = max(seen[s] for s in members), max(row_lengths[s] for s in members)
         member = torch.tensor(members, device=bases.device)
-        memory_index, _ = memory.add(
-            memory_starts, sight.memory_lengths, member, 0, max(seen[s] for s in members)
-        )
-        times = sight.memory_times[memory_index]  # (b, longest seen)
-        longest_rows = int(sight.row_lengths[member].max())
-        for first in range(0, longest_rows, BLOCK_ROWS):
-            last = min(first + BLOCK_ROWS, longest_rows)
-            index, real = rows.add(row_starts, sight.row_lengths, member, first, last)  # (b, r)
+        memory_index, _ = memory.add(memory_starts, sight.memory_lengths, member, 0, width)
+        times = sight.memory_times[memory_index]  # (b, width)
+        step = max(BLOCK_ROWS, BLOCK_PAIRS // (len(members) * width))
+        for first in range(0, longest, step):
+            index, real = rows.add(
+                row_starts, sight.row_lengths, member, first, min(first + step, longest)
+            )  # (b, r)
             prefix = sight.row_prefix[index] * real  # a padded row sees nothing
             n = max(int(prefix.max()), 1)
-            x = (prefix + longest).to(torch.int32).unsqueeze(2) - torch.arange(
-                n, dtype=torch.int32, device=bases.device
-            )
-            pairs = (sight.row_times[index].unsqueeze(2) - times[:, None, :n]).to(torch.float32)
-            pairs = (pairs.view(torch.int32) >> TIME_SHIFT).clamp_(
-                TIME_OFFSET, TIME_OFFSET + TIME_BUCKETS - 1
-            )
-            pairs += bases.index_select(0, x.view(-1)).view(x.shape)
-            blocks.append(_Block(group, pairs))
+            blocks.append(_Block(group, _pairs(prefix, sight.row_times[index], times[:, :n], bases)))
     to_blocks, from_blocks = rows.both_ways(len(sight.row_prefix))
     to_groups, from_groups = memory.both_ways(len(sight.memory_times))
     return _Plan(tuple(blocks), rows.sizes, memory.sizes, to_blocks, from_blocks, to_groups, from_groups)
+
+
+def _position_bases(longest: int, device: torch.device) -> Tensor:
+    """For each p_i - p_j + longest: where its bucket starts in a pair table, less the time offset."""
+    difference = torch.arange(-longest, longest + 1, device=device)
+    bucket = torch.where(difference > 0, position_bucket(difference), POSITION_BUCKETS)
+    return (bucket * TIME_BUCKETS - TIME_OFFSET).to(torch.int32)
+
+
+def _pairs(prefix: Tensor, row_times: Tensor, memory_times: Tensor, bases: Tensor) -> Tensor:
+    """Each pair's place in a pair table: (b, r, n) int32 from (b, r), (b, r) and (b, n)."""
+    column = torch.arange(memory_times.shape[1], dtype=torch.int32, device=prefix.device)
+    difference = (prefix + len(bases) // 2).to(torch.int32).unsqueeze(2) - column
+    passed = (row_times.unsqueeze(2) - memory_times.unsqueeze(1)).to(torch.float32)
+    # buckets.time_bucket, in place, its offset being in the bases already
+    pairs = (passed.view(torch.int32) >> TIME_SHIFT).clamp_(TIME_OFFSET, TIME_OFFSET + TIME_BUCKETS - 1)
+    return pairs.add_(bases.index_select(0, difference.view(-1)).view(difference.shape))
 
 
 def _seen(sight: Sight) -> list[int]:
@@ -254,10 +262,3 @@ class _Padding:
         inverse[source[real]] = real
         missing = (inverse < 0).nonzero().squeeze(1)
         return _Index(source, None), _Index(inverse.clamp_(min=0), missing if len(missing) else None)
-
-
-def _position_bases(longest: int, device: torch.device) -> Tensor:
-    """For each p_i - p_j + longest: where its bucket starts in a pair table, less the time offset."""
-    difference = torch.arange(-longest, longest + 1, device=device)
-    bucket = torch.where(difference > 0, position_bucket(difference), POSITION_BUCKETS)
-    return (bucket * TIME_BUCKETS - TIME_OFFSET).to(torch.int32)

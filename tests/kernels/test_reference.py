@@ -132,6 +132,13 @@ def test_narrow_inputs_are_summed_in_fp32(dtype: torch.dtype, bound: float) -> N
     torch.testing.assert_close(drawn.run().double(), naive(drawn), atol=bound, rtol=bound)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_PAIRS", 1 << 12)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 16)
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_many_blocks_equal_one_sequence_at_a_time() -> None:
     """Lengths far apart, long rows and rows out of order make several groups and blocks of each."""
     lengths = [0, 300, 1, 150, 149, 80, 0, 2, 299, 64, 65]
@@ -165,6 +172,7 @@ def naive_by_sequence(case: Case) -> Tensor:
     return torch.cat(parts)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_gradients_of_the_blocks_are_those_of_the_formula() -> None:
     lengths = [0, 130, 1, 70, 69, 20]
     whole = case(lengths, [[n, *range(n), n // 2] for n in lengths])
