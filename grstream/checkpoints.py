@@ -54,7 +54,8 @@ class Record(pydantic.BaseModel):
 
     format: int = FORMAT
     number: int = pydantic.Field(ge=1)
-    run: str  # the worker group that wrote it, see `grstream.journal`
+    run: str  # whose journal tells how it came about, see `grstream.journal`
+    entries: int = pydantic.Field(ge=0, description="of that journal, which the checkpoint covers")
     step: int = pydantic.Field(ge=0)
     events: int = pydantic.Field(ge=0, description="events trained on, counted apart from the ledger")
     newest_event_ms: int

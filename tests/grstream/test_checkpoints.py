@@ -11,7 +11,7 @@ LEDGER = Ledger([OffsetRange(0, 0, 10, Disposition.TRAINED), OffsetRange(1, 5, 6
 
 
 def record(number: int) -> Record:
-    return Record(number=number, run="r", step=7, events=10, newest_event_ms=1, created_ms=0)
+    return Record(number=number, run="r", entries=3, step=7, events=10, newest_event_ms=1, created_ms=0)
 
 
 def save(directory: pathlib.Path) -> None:

@@ -1,0 +1,103 @@
+"""What the driver, the readers and the trainer's ranks of one job tell each other: a small Ray actor.
+
+Ray Train carries no message from driver to workers and Ray Data none from workers to readers, so three
+things go by here: the position that the next execution reads on from, the wish to stop, and what the
+trainer reports.
+"""
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from grstream.ledger import Ledger
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a trainer is, as its driver shows it."""
+
+    at_ms: int
+    step: int
+    events: int  # trained on, ever
+    settled: dict[str, int]  # offsets by disposition, ever
+    positions: dict[int, int]  # partition -> first offset not consumed
+    newest_event_ms: int
+    figures: dict[str, float]  # prequential quality, see `grstream.metrics`
+    version: int  # newest published weights, 0 before the first
+    checkpoint: int  # newest checkpoint, 0 before the first
+
+
+class BoardActor:
+    """The actor's own code; use `Board`."""
+
+    def __init__(self) -> None:
+        self._stop = asyncio.Event()
+        self._position = Ledger().to_table()
+        self._progress: Progress | None = None
+        self._failure: Exception | None = None
+
+    async def stop(self) -> None:
+        self._stop.set()
+
+    async def stopped(self) -> None:
+        await self._stop.wait()
+
+    async def set_position(self, table: pa.Table) -> None:
+        self._position = table
+
+    async def position(self) -> pa.Table:
+        return self._position
+
+    async def report(self, progress: Progress) -> None:
+        self._progress = progress
+
+    async def progress(self) -> Progress | None:
+        return self._progress
+
+    async def fail(self, error: Exception) -> None:
+        self._failure = error
+
+    async def failure(self) -> Exception | None:
+        return self._failure
+
+
+class Board:
+    """A handle on a job's board, which any process of the job may hold."""
+
+    def __init__(self) -> None:
+        self._actor: Any = ray.remote(num_cpus=0, max_concurrency=100)(BoardActor).remote()
+
+    def stop(self) -> None:
+        """Ask the trainer to finish its step, save and return."""
+        ray.get(self._actor.stop.remote())
+
+    def when_stopped(self) -> Any:
+        """A reference that becomes ready once `stop` has been called."""
+        return self._actor.stopped.remote()
+
+    def set_position(self, ledger: Ledger) -> None:
+        """State which offsets the next execution must not emit."""
+        ray.get(self._actor.set_position.remote(ledger.to_table()))
+
+    def position(self) -> Ledger:
+        return Ledger.from_table(ray.get(self._actor.position.remote()))
+
+    def report(self, progress: Progress) -> None:
+        """Tell the driver, without waiting for it."""
+        self._actor.report.remote(progress)
+
+    def progress(self) -> Progress | None:
+        return ray.get(self._actor.progress.remote())
+
+    def fail(self, error: Exception) -> None:
+        """State an error that starting again will not cure."""
+        ray.get(self._actor.fail.remote(error))
+
+    def failure(self) -> Exception | None:
+        return ray.get(self._actor.failure.remote())
+
+    def close(self) -> None:
+        ray.kill(self._actor)

@@ -1,0 +1,393 @@
+"""What a read task does: follow its partitions of the log and turn them into micro-batches.
+
+Every offset from the position on is settled once, in exactly one way: an event becomes trained or a
+duplicate (its histories decide), a record that is no event a dead letter, an empty one a tombstone, and
+offsets that hold no record (transaction markers, aborted records, what compaction removed) control. Before
+the position histories are only rebuilt, from the newest snapshot that is old enough or from the log's
+start; offsets beyond it that were consumed already, by ranks that ran ahead, change histories and are not
+emitted.
+
+A broker that goes away is waited for. A log that begins beyond the position has lost events: OffsetGap.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import kafka
+import kafka.errors
+import numpy as np
+import numpy.typing as npt
+from kafka.consumer.fetcher import ConsumerRecord
+
+from grstream.config import Config
+from grstream.events import EventDecoder, Rejected
+from grstream.histories import RollingHistories
+from grstream.kafka import (
+    BrokerUnavailable,
+    DeadLetters,
+    DeliveryFailed,
+    consumer,
+    partition_count,
+    reaching,
+)
+from grstream.ledger import Disposition, Ledger, OffsetRange
+from grstream.microbatch import MicroBatch
+from grstream.snapshot_files import Snapshooter, SnapshotFiles
+from grstream.until import Until
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Letter = tuple[int, Rejected, bytes]  # partition, why it is no event, the record's value
+
+REPLAY_RECORDS = 5000  # a fetch's records while nothing is emitted
+RETRY_S = 1.0  # between attempts to reach a broker that went away
+QUIET_S = 5.0  # nothing came for so long: ask the broker whether it is there, and whether the bound has come
+
+
+class OffsetGap(RuntimeError):
+    """The log no longer has offsets that were not consumed: the trainer was away for too long."""
+
+    def __init__(self, topic: str, partition: int, position: int, log_start: int, lost: int) -> None:
+        super().__init__(topic, partition, position, log_start, lost)
+        self.topic, self.partition, self.position = topic, partition, position
+        self.log_start, self.lost = log_start, lost
+
+    def __str__(self) -> str:
+        return (
+            f"{self.lost} offsets of {self.topic}-{self.partition} are lost: the trainer has consumed up "
+            f"to {self.position} and the log begins at {self.log_start}; lengthen the topic's retention, "
+            "and move the checkpoints away to begin anew from what is left"
+        )
+
+
+class LogTruncated(RuntimeError):
+    """The log ends before offsets that were consumed from it: it is not the log that was read."""
+
+    def __init__(self, topic: str, partition: int, position: int, log_end: int) -> None:
+        super().__init__(topic, partition, position, log_end)
+        self.topic, self.partition, self.position, self.log_end = topic, partition, position, log_end
+
+    def __str__(self) -> str:
+        return (
+            f"{self.topic}-{self.partition} ends at {self.log_end}, but was read up to {self.position}: it "
+            "was created anew or is another broker's; correct kafka.bootstrap_servers, or use another storage"
+        )
+
+
+class PartitionReader:
+    """One partition: records in, histories kept, offsets settled. Knows the log's content, not its client."""
+
+    def __init__(
+        self,
+        config: Config,
+        partition: int,
+        consumed: Sequence[tuple[int, int]],
+        histories: RollingHistories,
+        position: int,
+    ) -> None:
+        self.partition, self.histories, self.position = partition, histories, position
+        self.unpacked = False  # whether the next micro-batch settles anything
+        self._decoder = EventDecoder(config.events)
+        # Sorted, disjoint, and between them gaps: what a search by start and stop answers.
+        self._starts = np.array([start for start, _ in consumed], np.int64)
+        self._stops = np.array([stop for _, stop in consumed], np.int64)
+
+    @property
+    def replaying(self) -> bool:
+        """Whether all that comes next was consumed before."""
+        return len(self._stops) > 0 and self.position < int(self._stops[0])
+
+    def take(self, records: Sequence[ConsumerRecord]) -> list[Letter]:
+        """Fold in records from the position on; returns the dead letters among them, to be delivered."""
+        offsets = np.fromiter((r.offset for r in records), np.int64, len(records))
+        times = np.fromiter((r.timestamp for r in records), np.int64, len(records))
+        values = [r.value for r in records]
+        decoded = self._decoder.decode(self.partition, offsets, values, times)
+        self._settle_jumps(offsets)
+        self.position = int(offsets[-1]) + 1
+        fresh = self._fresh(decoded.batch.offsets)
+        self.histories.append(decoded.batch, None if fresh.all() else fresh)
+        self.unpacked |= bool(fresh.any())
+        for offset in decoded.tombstones:
+            self._settle(offset, offset + 1, Disposition.TOMBSTONE)
+        letters = []
+        for rejected in decoded.rejected:
+            if self._settle(rejected.offset, rejected.offset + 1, Disposition.DEAD_LETTER):
+                value = values[int(np.searchsorted(offsets, rejected.offset))]
+                assert value is not None
+                letters.append((self.partition, rejected, value))
+        return letters
+
+    def pack(self, read_ms: int) -> MicroBatch:
+        """What came since the last time."""
+        self.unpacked = False
+        return self.histories.pack(read_ms)
+
+    def advance(self, position: int) -> None:
+        """Settle what lies before the client's position and brought no record."""
+        if position > self.position:
+            self._settle(self.position, position, Disposition.CONTROL)
+            self.position = position
+
+    def _settle_jumps(self, offsets: npt.NDArray[np.int64]) -> None:
+        expected = np.append(self.position, offsets[:-1] + 1)
+        for at in np.flatnonzero(offsets != expected):
+            self._settle(int(expected[at]), int(offsets[at]), Disposition.CONTROL)
+
+    def _fresh(self, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which offsets were not consumed before: (n,)"""
+        if not len(self._starts) or not len(offsets) or offsets[0] >= self._stops[-1]:
+            return np.ones(len(offsets), np.bool_)
+        within = np.searchsorted(self._starts, offsets, side="right") - 1
+        return (within < 0) | (offsets >= self._stops[np.maximum(within, 0)])
+
+    def _settle(self, start: int, stop: int, disposition: Disposition) -> bool:
+        """Settle what of a range was not consumed before; whether anything was left."""
+        left: list[tuple[int, int]] = []
+        for a, b in zip(self._starts.tolist(), self._stops.tolist(), strict=True):
+            if a >= stop:
+                break
+            if start < a:
+                left.append((start, a))
+            start = max(start, b)
+        if start < stop:
+            left.append((start, stop))
+        for a, b in left:
+            self.histories.settle(OffsetRange(self.partition, a, b, disposition))
+        self.unpacked |= bool(left)
+        return bool(left)
+
+
+class LogReader:
+    """The partitions of one reader, as one stream of micro-batches."""
+
+    def __init__(self, config: Config, reader: int, ledger: Ledger, until: Until | None) -> None:
+        self._config, self._reader, self._ledger, self._until = config, reader, ledger, until
+        self._letters = DeadLetters(config.kafka)
+        self._partitions: dict[int, PartitionReader] = {}
+        self._stops: dict[int, int] | None = None
+        self._pending_since: float | None = None  # since the oldest thing that the next micro-batch holds
+        self._read_ms = 0
+
+    def batches(self) -> Iterator[MicroBatch]:
+        """Until the execution is to be renewed, or the bound is reached."""
+        ends = time.monotonic() + self._config.source.recycle_s
+        with contextlib.ExitStack() as open_clients:
+            open_clients.callback(self._letters.close)
+            log = self._persistently(lambda: consumer(self._config.kafka))
+            open_clients.callback(log.close)
+            if not self._open(log):
+                return
+            snapshots = Snapshooter(self._config, self._partitions, self._ledger)
+            heard = time.monotonic()
+            self._find_bound(log)
+            while time.monotonic() < ends and not self._bound_reached():
+                if self._poll(log):
+                    heard = time.monotonic()
+                elif time.monotonic() - heard > QUIET_S:
+                    self._find_bound(log)
+                    heard = time.monotonic()
+                if self._due():
+                    yield self._flush()
+                    if snapshots.due():
+                        snapshots.write(self._states())
+            if self._pending_since is not None:
+                yield self._flush()
+            snapshots.write(self._states())
+
+    # -- beginning ----------------------------------------------------------------------------------------
+
+    def _open(self, log: kafka.KafkaConsumer) -> bool:
+        """Assign this reader's partitions and rebuild their histories up to the position."""
+        topic = self._config.kafka.topic
+        count = self._persistently(lambda: partition_count(self._config.kafka))
+        mine = list(range(self._reader, count, self._config.source.readers))
+        if not mine:
+            logger.warning("reader %d has nothing to read: %s has %d partitions", self._reader, topic, count)
+            return False
+        assigned = {p: kafka.TopicPartition(topic, p) for p in mine}
+        log.assign(list(assigned.values()))
+        begins = self._ask(lambda: log.beginning_offsets([*assigned.values()]))
+        ends = self._ask(lambda: log.end_offsets([*assigned.values()]))
+        for partition, tp in assigned.items():
+            consumed = self._ledger.consumed(partition)
+            if consumed and consumed[-1][1] > ends[tp]:
+                raise LogTruncated(topic, partition, consumed[-1][1], ends[tp])
+            self._partitions[partition] = self._start(partition, begins[tp])
+            log.seek(tp, self._partitions[partition].position)
+        return True
+
+    def _start(self, partition: int, log_start: int) -> PartitionReader:
+        consumed = self._ledger.consumed(partition)
+        watermark = consumed[0][1] if consumed else log_start
+        if log_start > watermark:
+            self._refuse_gap(partition, consumed, log_start)
+        files = SnapshotFiles(self._config, partition)
+        found = files.restore(at_least=log_start, at_most=watermark) if consumed else None
+        if found:
+            histories, position = found
+        else:
+            features = len(self._config.events.features)
+            histories = RollingHistories(self._config.histories, features=features, partition=partition)
+            position = log_start
+            if consumed and log_start > consumed[0][0]:
+                logger.warning(
+                    "no snapshot of partition %d at or before %d, and its log begins at %d: histories are "
+                    "rebuilt without the %d offsets before",
+                    *(partition, watermark, log_start, log_start - consumed[0][0]),
+                )
+        logger.info("partition %d: histories from %d, emitting from %d", partition, position, watermark)
+        return PartitionReader(self._config, partition, consumed, histories, position)
+
+    def _refuse_gap(self, partition: int, consumed: Sequence[tuple[int, int]], log_start: int) -> None:
+        held = sum(min(stop, log_start) - start for start, stop in consumed if start < log_start)
+        lost = log_start - consumed[0][0] - held
+        if lost:
+            raise OffsetGap(self._config.kafka.topic, partition, consumed[0][1], log_start, lost)
+
+    # -- following ----------------------------------------------------------------------------------------
+
+    def _poll(self, log: kafka.KafkaConsumer) -> bool:
+        """Fetch once and fold in what came; whether anything did."""
+        wait_s = self._config.source.flush_ms / 1000
+        if self._pending_since is not None:
+            wait_s = max(0.0, self._pending_since + wait_s - time.monotonic())
+        room = self._config.source.flush_events - self._new_events()
+        replaying = all(reader.replaying for reader in self._partitions.values())
+        try:
+            fetched = log.poll(
+                timeout_ms=int(wait_s * 1000), max_records=REPLAY_RECORDS if replaying else room
+            )
+        except kafka.errors.OffsetOutOfRangeError as error:
+            raise self._out_of_range(log) from error
+        if self._stops is None and self._until is not None and self._until.has_come():
+            self._find_bound(log)  # before anything later than it is taken
+        letters: list[Letter] = []
+        moved = False
+        for tp in log.assignment():
+            reader = self._partitions[tp.partition]
+            stop = self._stops.get(tp.partition) if self._stops is not None else None
+            records = [r for r in fetched.get(tp, ()) if stop is None or r.offset < stop]
+            position = log.position(tp) if stop is None else min(log.position(tp), stop)
+            moved |= position > reader.position
+            if records:
+                letters += reader.take(records)
+            reader.advance(position)
+        self._deliver(letters)
+        if self._pending_since is None and any(reader.unpacked for reader in self._partitions.values()):
+            self._pending_since, self._read_ms = time.monotonic(), time.time_ns() // 1_000_000
+        return moved
+
+    def _new_events(self) -> int:
+        return sum(reader.histories.pending for reader in self._partitions.values())
+
+    def _due(self) -> bool:
+        if self._pending_since is None:
+            return False
+        waited_ms = (time.monotonic() - self._pending_since) * 1000
+        return (
+            waited_ms >= self._config.source.flush_ms
+            or self._new_events() >= self._config.source.flush_events
+        )
+
+    def _flush(self) -> MicroBatch:
+        self._pending_since = None
+        return joined([reader.pack(self._read_ms) for reader in self._partitions.values() if reader.unpacked])
+
+    def _deliver(self, letters: list[Letter]) -> None:
+        """Have dead letters acknowledged: their offsets must not count as settled before."""
+        if not letters:
+            return
+
+        def send() -> None:
+            try:
+                for partition, rejected, value in letters:
+                    self._letters.send(partition, rejected, value)
+                self._letters.flush()
+            except (BrokerUnavailable, DeliveryFailed):
+                self._letters.close()
+                raise
+
+        self._persistently(send)
+
+    def _states(self) -> list[tuple[int, RollingHistories, int]]:
+        return [(p, reader.histories, reader.position) for p, reader in self._partitions.items()]
+
+    # -- the bound ----------------------------------------------------------------------------------------
+
+    def _find_bound(self, log: kafka.KafkaConsumer) -> None:
+        """Learn where to stop, once that is decided; at the same time see that the broker is there."""
+        partitions = list(self._partitions)
+        assigned = [kafka.TopicPartition(self._config.kafka.topic, p) for p in partitions]
+        if self._until is None or self._stops is not None:
+            self._ask(lambda: log.end_offsets(assigned))
+            return
+        until = self._until
+        self._stops = self._ask(lambda: until.stops(log, self._config.kafka.topic, partitions))
+
+    def _bound_reached(self) -> bool:
+        stops = self._stops
+        return stops is not None and all(r.position >= stops[p] for p, r in self._partitions.items())
+
+    # -- a broker that is away ------------------------------------------------------------------------------
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """Ask the broker until it answers."""
+
+        def ask() -> T:
+            with reaching(self._config.kafka):
+                return question()
+
+        return self._persistently(ask)
+
+    @staticmethod
+    def _persistently(attempt: Callable[[], T]) -> T:
+        """Try again until a broker is there, saying so once when it goes and once when it is back."""
+        since: float | None = None
+        while True:
+            try:
+                result = attempt()
+            except (BrokerUnavailable, DeliveryFailed) as error:
+                if since is None:
+                    since = time.monotonic()
+                    logger.warning("%s; reading goes on when it is back", error)
+                time.sleep(RETRY_S)
+                continue
+            if since is not None:
+                logger.warning("the broker is back after %.0f s", time.monotonic() - since)
+            return result
+
+    def _out_of_range(self, log: kafka.KafkaConsumer) -> OffsetGap | LogTruncated:
+        """The error that says how a position came to lie outside the log."""
+        for partition, reader in self._partitions.items():
+            tp = kafka.TopicPartition(self._config.kafka.topic, partition)
+            start = self._ask(lambda tp=tp: log.beginning_offsets([tp])[tp])  # type: ignore[misc]
+            if start > reader.position:
+                return OffsetGap(tp.topic, partition, reader.position, start, start - reader.position)
+            end = self._ask(lambda tp=tp: log.end_offsets([tp])[tp])  # type: ignore[misc]
+            if end < reader.position:
+                return LogTruncated(tp.topic, partition, reader.position, end)
+        raise RuntimeError("the broker says that a position is out of range, and every position is within it")
+
+
+def joined(batches: Sequence[MicroBatch]) -> MicroBatch:
+    """Micro-batches of several partitions as one: a step for all is cheaper than a step for each."""
+    if len(batches) == 1:
+        return batches[0]
+    arrays = {
+        field.name: np.concatenate([getattr(batch, field.name) for batch in batches])
+        for field in dataclasses.fields(MicroBatch)
+        if isinstance(getattr(batches[0], field.name), np.ndarray)
+    }
+    return MicroBatch(
+        **arrays,
+        ranges=tuple(r for batch in batches for r in batch.ranges),
+        item_names={key: name for batch in batches for key, name in batch.item_names.items()},
+        newest_event_ms=max(batch.newest_event_ms for batch in batches),
+        read_ms=min(batch.read_ms for batch in batches),
+    )

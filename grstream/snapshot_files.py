@@ -1,0 +1,99 @@
+"""Where the snapshots of histories lie, which of them to start from and which to keep.
+
+`snapshots/p00003/o00000000000000001234.arrow` is what partition 3's histories held after every offset below
+1234. Readers write them beside the checkpoints; trainer and servers start from them. Nothing but time is lost
+with one: histories are a pure fold over the log, and without a snapshot they are folded again from its start.
+"""
+
+import logging
+import os
+import pathlib
+import re
+import time
+from collections.abc import Iterable
+
+from grstream.config import Config
+from grstream.histories import RollingHistories
+from grstream.ledger import Ledger
+from grstream.snapshots import SnapshotError
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.05  # of a reader's time, at most, goes into snapshots
+KEPT = 4  # beside the one that the position needs: readers run a little ahead of the trainer's checkpoints
+_FILE = re.compile(r"o(\d{20})\.arrow")
+
+
+class SnapshotFiles:
+    """The snapshots of one partition."""
+
+    def __init__(self, config: Config, partition: int) -> None:
+        self._config, self._partition = config, partition
+        self._directory = config.storage / "snapshots" / f"p{partition:05d}"
+
+    def offsets(self) -> list[int]:
+        """The offsets at which there is a snapshot, lowest first."""
+        try:
+            names = os.listdir(self._directory)
+        except FileNotFoundError:
+            return []
+        return sorted(int(match[1]) for match in map(_FILE.fullmatch, names) if match)
+
+    def restore(
+        self, at_least: int, at_most: int | None = None, track_new: bool = True
+    ) -> tuple[RollingHistories, int] | None:
+        """Histories from the newest good snapshot within these offsets, and the offset to go on from."""
+        for offset in reversed(self.offsets()):
+            if offset < at_least or (at_most is not None and offset > at_most):
+                continue
+            try:
+                return RollingHistories.restore(
+                    self._path(offset),
+                    self._config.histories,
+                    features=len(self._config.events.features),
+                    partition=self._partition,
+                    track_new=track_new,
+                )
+            except (SnapshotError, FileNotFoundError) as error:
+                logger.warning("a snapshot is passed over: %s", error)
+        return None
+
+    def write(self, histories: RollingHistories, offset: int) -> None:
+        """Write what `histories` hold before an offset. The same offset always says the same."""
+        if not self._path(offset).exists():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            histories.snapshot(self._path(offset), offset)
+
+    def prune(self, base: int) -> None:
+        """Keep the newest one at or before `base`, from which a resume may start, and the newest few."""
+        offsets = self.offsets()
+        wanted = {*[o for o in offsets if o <= base][-1:], *offsets[-KEPT:]}
+        for offset in offsets:
+            if offset not in wanted:
+                self._path(offset).unlink(missing_ok=True)
+
+    def _path(self, offset: int) -> pathlib.Path:
+        return self._directory / f"o{offset:020d}.arrow"
+
+
+class Snapshooter:
+    """Writes the snapshots of a reader's partitions every so often, and deletes what no resume will need."""
+
+    def __init__(self, config: Config, partitions: Iterable[int], position: Ledger) -> None:
+        self._files = {p: SnapshotFiles(config, p) for p in partitions}
+        self._position = position
+        self._every_s = config.train.checkpoint_every_s
+        self._next = time.monotonic() + self._every_s
+
+    def due(self) -> bool:
+        return time.monotonic() >= self._next
+
+    def write(self, states: Iterable[tuple[int, RollingHistories, int]]) -> None:
+        """Write one snapshot each of these partitions' histories as of these offsets."""
+        began = time.monotonic()
+        for partition, histories, offset in states:
+            files = self._files[partition]
+            files.write(histories, offset)
+            files.prune(self._position.watermark(partition) or 0)
+        ended = time.monotonic()
+        self._next = ended + max(self._every_s, (ended - began) / SHARE)

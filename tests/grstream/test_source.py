@@ -1,0 +1,358 @@
+"""The log becomes micro-batches: every offset settled once, behind the history it came upon."""
+
+import contextlib
+import json
+import logging
+import pathlib
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import kafka
+import numpy as np
+import pytest
+
+from grstream import config as configs
+from grstream.histories import RollingHistories
+from grstream.kafka import TopicMissing, create_topic, producer
+from grstream.keys import partition_key
+from grstream.ledger import Disposition, Ledger, OffsetRange
+from grstream.microbatch import MicroBatch, Role
+from grstream.reader import LogReader, LogTruncated, OffsetGap, PartitionReader
+from grstream.snapshot_files import SnapshotFiles
+from grstream.until import Until, end_offsets
+
+pytestmark = pytest.mark.kafka
+
+
+def make_config(storage: pathlib.Path, bootstrap: str = "127.0.0.1:9", **source: Any) -> configs.Config:
+    return configs.parse(
+        {
+            "storage": str(storage),
+            "kafka": {"bootstrap_servers": [bootstrap], "topic": f"actions-{uuid.uuid4().hex[:8]}"},
+            "events": {"actions": ["click", "like"]},
+            "histories": {"window": 8, "chunk": 3},
+            "source": {"flush_ms": 100, **source},
+        }
+    )
+
+
+def event(user: int, item: int, time_ms: int = 1_700_000_000_000, **fields: Any) -> bytes:
+    known = {"user_id": user, "item_id": item, "actions": ["click"], "timestamp_ms": time_ms}
+    return json.dumps({**known, **fields}).encode()
+
+
+def send(
+    config: configs.Config, values: list[tuple[int, bytes | None]], partition: int | None = None
+) -> None:
+    with contextlib.closing(producer(config.kafka)) as out:
+        for user, value in values:
+            out.send(config.kafka.topic, value, key=partition_key(user), partition=partition)
+        out.flush()
+
+
+def events(count: int, users: int = 5) -> list[tuple[int, bytes | None]]:
+    return [(i % users, event(i % users, i, 1_700_000_000_000 + i)) for i in range(count)]
+
+
+def behind(batches: list[MicroBatch]) -> dict[tuple[int, int], list[int]]:
+    """Of each new event (partition, offset): the items of the history it was predicted from, and its own."""
+    found = {}
+    for batch in batches:
+        ends = np.cumsum(batch.lengths)
+        starts = np.repeat(ends - batch.lengths, batch.lengths)
+        for at, partition, offset in zip(
+            np.flatnonzero(batch.roles != Role.CONTEXT), batch.partitions, batch.offsets, strict=True
+        ):
+            found[int(partition), int(offset)] = batch.items[starts[at] : at + 1].tolist()
+    return found
+
+
+def ledger_of(batches: list[MicroBatch]) -> Ledger:
+    """Raises OffsetConflict where an offset is settled twice."""
+    return Ledger(r for batch in batches for r in batch.ranges)
+
+
+# -- one partition, without a broker ----------------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    offset: int
+    value: bytes | None
+    timestamp: int = 1_700_000_000_000
+
+
+@st.composite
+def logs(draw: st.DrawFn) -> list[Record]:
+    """Records of one partition: events, duplicates, poison, tombstones, and offsets that hold nothing."""
+    records, offset = [], 0
+    for i in range(draw(st.integers(1, 40))):
+        offset += draw(st.sampled_from([1, 1, 1, 2, 4]))
+        user, late = draw(st.integers(0, 2)), draw(st.sampled_from([0, 0, 500]))
+        plain = event(user, i, 1_700_000_000_000 + i - late)
+        named = event(user, i, event_id=str(draw(st.integers(0, 5))))
+        records.append(Record(offset, draw(st.sampled_from([plain, plain, named, b"poison", None]))))
+    return records
+
+
+def fold(
+    records: list[Record], consumed: list[tuple[int, int]], cuts: set[int], packs: set[int]
+) -> list[MicroBatch]:
+    """Read a partition from offset 0 in pieces that end at `cuts`, packing after those in `packs`."""
+    config = make_config(pathlib.Path("unused"))
+    histories = RollingHistories(config.histories, features=0, partition=0)
+    reader = PartitionReader(config, 0, consumed, histories, 0)
+    batches, piece = [], []
+    for i, record in enumerate(records):
+        piece.append(record)
+        if i in cuts or i == len(records) - 1:
+            reader.take(piece)
+            piece = []
+            if i in packs and reader.unpacked:
+                batches.append(reader.pack(0))
+    reader.advance(records[-1].offset + 3)
+    batches.append(reader.pack(0))
+    return batches
+
+
+@hypothesis.given(
+    logs(),
+    st.sets(st.integers(0, 39)),
+    st.sets(st.integers(0, 39)),
+    st.sets(st.integers(0, 170), max_size=30),
+)
+def test_each_offset_is_settled_once_however_the_log_is_cut_and_whatever_was_consumed_before(
+    records: list[Record], cuts: set[int], packs: set[int], before: set[int]
+) -> None:
+    whole = fold(records, [], set(), set())
+    end = records[-1].offset + 3
+    ends = {o: r.disposition for r in ledger_of(whole) for o in range(r.start, r.stop)}
+    assert sorted(ends) == list(range(end))
+    consumed = Ledger(OffsetRange(0, o, o + 1, ends[o]) for o in before if o < end)
+    rest = fold(records, consumed.consumed(0), cuts, packs)
+    both = Ledger([*consumed, *(r for batch in rest for r in batch.ranges)])  # conflicts would raise
+    assert {o: r.disposition for r in both for o in range(r.start, r.stop)} == ends
+
+
+@hypothesis.given(logs(), st.sets(st.integers(0, 39)), st.sets(st.integers(0, 39)), st.integers(0, 170))
+def test_an_event_stands_behind_the_same_history_however_the_log_is_cut_and_wherever_reading_resumed(
+    records: list[Record], cuts: set[int], packs: set[int], watermark: int
+) -> None:
+    # Packed after each record, no event can come to stand in front of one that was packed before it.
+    whole = behind(fold(records, [], set(range(40)), set(range(40))))
+    resumed = behind(fold(records, [(0, watermark)] if watermark else [], set(range(40)), set(range(40))))
+    assert resumed == {key: items for key, items in whole.items() if key[1] >= watermark}
+
+
+# -- the log ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path: pathlib.Path, kafka_bootstrap: str) -> configs.Config:
+    return make_config(tmp_path, kafka_bootstrap)
+
+
+def read(
+    config: configs.Config, ledger: Ledger | None = None, until: Until | None = None
+) -> list[MicroBatch]:
+    """All that one reader makes of the log up to its present end."""
+    return list(LogReader(config, 0, ledger or Ledger(), until or Until.parse("now", config)).batches())
+
+
+def test_a_bounded_reading_settles_every_offset_and_returns(config: configs.Config) -> None:
+    create_topic(config.kafka, 3)
+    values = events(200)
+    values[17] = (17 % 5, b"poison")
+    values[18] = (18 % 5, None)
+    send(config, values)
+    batches = read(config)
+    ledger = ledger_of(batches)
+    assert {p: ledger.watermark(p) for p in ledger.partitions()} == {
+        p: o for p, o in end_offsets(config).items() if o
+    }
+    assert ledger.count(Disposition.TRAINED) == 198 == sum(batch.new_events for batch in batches)
+    assert (ledger.count(Disposition.DEAD_LETTER), ledger.count(Disposition.TOMBSTONE)) == (1, 1)
+
+
+def test_a_dead_letter_is_delivered_with_its_reason_and_place(config: configs.Config) -> None:
+    create_topic(config.kafka, 1)
+    send(config, [(1, event(1, 1)), (1, b'{"user_id": 1}'), (1, event(1, 2))])
+    [batch] = read(config)
+    assert OffsetRange(0, 1, 2, Disposition.DEAD_LETTER) in batch.ranges
+    with contextlib.closing(
+        kafka.KafkaConsumer(
+            config.kafka.dead_letters,
+            bootstrap_servers=config.kafka.bootstrap_servers,
+            group_id=None,
+            auto_offset_reset="earliest",
+            consumer_timeout_ms=10_000,
+        )
+    ) as dead:
+        letter = next(dead)
+    headers = {name: value.decode() for name, value in letter.headers}
+    assert letter.value == b'{"user_id": 1}'
+    assert (headers["partition"], headers["offset"], headers["field"]) == ("0", "1", "item_id")
+
+
+def test_a_micro_batch_is_flushed_at_its_size(config: configs.Config) -> None:
+    config = config.model_copy(
+        update={"source": config.source.model_copy(update={"flush_events": 32, "flush_ms": 60_000})}
+    )
+    create_topic(config.kafka, 1)
+    send(config, events(100))
+    assert [batch.new_events for batch in read(config)] == [32, 32, 32, 4]
+
+
+def test_a_lone_event_waits_no_longer_than_it_must(config: configs.Config) -> None:
+    create_topic(config.kafka, 1)
+    batches = LogReader(config, 0, Ledger(), None).batches()
+    threading.Timer(1.0, send, (config, [(1, event(1, 1))])).start()
+    batch = next(batches)
+    assert batch.new_events == 1
+    assert time.time() * 1000 - batch.read_ms < 5_000
+    batches.close()  # type: ignore[attr-defined]
+
+
+def test_a_quiet_partition_emits_nothing(config: configs.Config) -> None:
+    create_topic(config.kafka, 2)
+    assert read(config) == []
+    config = config.model_copy(update={"source": config.source.model_copy(update={"recycle_s": 0.5})})
+    assert list(LogReader(config, 0, Ledger(), None).batches()) == []
+
+
+def test_readers_share_the_partitions_out(config: configs.Config) -> None:
+    config = config.model_copy(update={"source": config.source.model_copy(update={"readers": 2})})
+    create_topic(config.kafka, 3)
+    send(config, events(60, users=20))
+    until = Until.parse("now", config)
+    parts = [list(LogReader(config, r, Ledger(), until).batches()) for r in range(2)]
+    assert [ledger_of(part).partitions() for part in parts] == [[0, 2], [1]]
+    assert ledger_of([*parts[0], *parts[1]]).count(Disposition.TRAINED) == 60
+
+
+def test_a_reader_without_a_partition_returns(config: configs.Config) -> None:
+    config = config.model_copy(update={"source": config.source.model_copy(update={"readers": 2})})
+    create_topic(config.kafka, 1)
+    assert list(LogReader(config, 1, Ledger(), None).batches()) == []
+
+
+@pytest.mark.parametrize("snapshot", [True, False])
+def test_reading_resumes_behind_the_same_histories(
+    config: configs.Config, snapshot: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    create_topic(config.kafka, 1)
+    send(config, events(90))
+    first = read(config, until=Until(offsets={0: 50}))
+    assert SnapshotFiles(config, 0).offsets() == [50]
+    if not snapshot:
+        (config.storage / "snapshots" / "p00000" / "o00000000000000000050.arrow").write_bytes(b"damaged")
+    with caplog.at_level(logging.INFO):
+        second = read(config, ledger_of(first))
+    assert f"histories from {50 if snapshot else 0}, emitting from 50" in caplog.text
+    whole = read(config.model_copy(update={"storage": config.storage / "other"}))
+    assert behind(first) | behind(second) == behind(whole)
+    assert list(ledger_of([*first, *second])) == list(ledger_of(whole))
+
+
+def test_what_ranks_ran_ahead_with_is_not_emitted_again(config: configs.Config) -> None:
+    create_topic(config.kafka, 1)
+    send(config, events(90))
+    whole = read(config)
+    ahead = Ledger([OffsetRange(0, a, b, Disposition.TRAINED) for a, b in ((0, 10), (20, 30), (60, 61))])
+    rest = read(config, ahead)
+    offsets = sorted(int(o) for batch in rest for o in batch.offsets)
+    assert offsets == [*range(10, 20), *range(30, 60), *range(61, 90)]
+    expected = behind(whole)
+    assert behind(rest) == {key: items for key, items in expected.items() if key[1] in offsets}
+
+
+def test_a_bound_in_time_stops_before_its_first_record(config: configs.Config) -> None:
+    create_topic(config.kafka, 1)
+    send(config, events(10))
+    time.sleep(0.05)
+    until = Until(time_ms=int(time.time() * 1000) + 1500)
+    threading.Timer(3.0, send, (config, events(10))).start()
+    batches = read(config, until=until)
+    assert sum(batch.new_events for batch in batches) == 10
+    assert until.reached(config, ledger_of(batches))
+    time.sleep(2)
+
+
+def test_a_log_that_begins_beyond_the_position_is_an_error_with_the_size_of_the_gap(
+    config: configs.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_topic(config.kafka, 1)
+    send(config, events(30))
+    monkeypatch.setattr(kafka.KafkaConsumer, "beginning_offsets", lambda self, tps: dict.fromkeys(tps, 20))
+    with pytest.raises(OffsetGap, match=r"12 offsets .* are lost") as caught:
+        read(
+            config,
+            Ledger([OffsetRange(0, 0, 5, Disposition.TRAINED), OffsetRange(0, 7, 10, Disposition.TRAINED)]),
+            Until(offsets={0: 30}),
+        )
+    assert (caught.value.position, caught.value.log_start, caught.value.lost) == (5, 20, 12)
+
+
+def test_a_log_that_ends_before_the_position_is_not_the_log_that_was_read(config: configs.Config) -> None:
+    create_topic(config.kafka, 1)
+    send(config, events(3))
+    with pytest.raises(LogTruncated, match="ends at 3, but was read up to 10"):
+        read(config, Ledger([OffsetRange(0, 0, 10, Disposition.TRAINED)]))
+
+
+def test_a_missing_topic_is_named(config: configs.Config) -> None:
+    with pytest.raises(TopicMissing, match=config.kafka.topic):
+        read(config)
+    with pytest.raises(TopicMissing, match=config.kafka.topic):
+        list(LogReader(config, 0, Ledger(), None).batches())
+
+
+def test_a_broker_that_goes_away_is_waited_for(
+    tmp_path: pathlib.Path,
+    broker_process: Callable[..., contextlib.AbstractContextManager[tuple[subprocess.Popen[str], str]]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with contextlib.ExitStack() as first:
+        process, bootstrap = first.enter_context(broker_process(tmp_path / "broker"))
+        config = make_config(tmp_path / "storage", bootstrap)
+        create_topic(config.kafka, 1)
+        send(config, events(5))
+        batches: Iterator[MicroBatch] = LogReader(config, 0, Ledger(), None).batches()
+        assert next(batches).new_events == 5
+        process.kill()
+        process.wait()
+    port = int(bootstrap.rpartition(":")[2])
+    started = threading.Event()
+
+    def come_back() -> None:
+        with broker_process(tmp_path / "broker", port):
+            send(config, events(7))
+            started.set()
+            done.wait(60)
+
+    done = threading.Event()
+    thread = threading.Timer(1.0, come_back)
+    thread.start()
+    try:
+        assert next(batches).new_events == 7
+        assert started.wait(30)
+    finally:
+        done.set()
+        thread.join()
+        batches.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text", ["tomorrow", "0:1,", "1", ""])
+def test_a_bound_that_is_none_says_what_one_looks_like(text: str, config: configs.Config) -> None:
+    with pytest.raises(ValueError, match="expected `now`"):
+        Until.parse(text, config)
+
+
+def test_a_bound_is_offsets_or_a_time(config: configs.Config) -> None:
+    assert Until.parse("0:12,3:0", config) == Until(offsets={0: 12, 3: 0})
+    assert Until.parse("2026-01-01T00:00:00+00:00", config) == Until(time_ms=1_767_225_600_000)
