@@ -81,7 +81,8 @@ def consumer(config: KafkaConfig, max_poll_records: int = 2000) -> kafka.KafkaCo
 def producer(config: KafkaConfig) -> kafka.KafkaProducer:
     """An idempotent producer: acknowledged by all replicas, in order, once.
 
-    Its default partitioner is murmur2 of the key, as `partition_of` computes it.
+    Its default partitioner is murmur2 of the key, as `partition_of` computes it. Wait for its futures with a
+    time-out of your own and close it with `close_producer`.
     """
     with reaching(config):
         return kafka.KafkaProducer(
@@ -95,6 +96,19 @@ def producer(config: KafkaConfig) -> kafka.KafkaProducer:
             delivery_timeout_ms=2 * config.request_timeout_ms + LINGER_MS,
             allow_auto_create_topics=False,
         )
+
+
+def close_producer(sender: kafka.KafkaProducer, timeout_s: float) -> None:
+    """Close, waiting so long at most for what is still under way; after that it fails with KafkaTimeoutError.
+
+    Without this a producer that lost its broker may never close: kafka-python 3.0.12 stops expiring batches
+    once it wants a new producer id, whatever `delivery_timeout_ms` says.
+    """
+    try:
+        sender.close(timeout=timeout_s)
+    except kafka.errors.KafkaTimeoutError:
+        sender._sender.force_close()  # `close` raises before it comes to this
+        sender.close(timeout=timeout_s)
 
 
 def partition_of(user: Id, partitions: int) -> int:
@@ -183,7 +197,7 @@ class DeadLetters:
 
     def close(self) -> None:
         if self._producer is not None:
-            self._producer.close()
+            close_producer(self._producer, 2 * self._config.request_timeout_ms / 1000)
             self._producer = None
 
 
