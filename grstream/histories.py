@@ -41,6 +41,7 @@ from grstream.users import NO_SEQUENCE, grouped
 from grstream.windows import Windows
 
 _ROWS_AT_ONCE = 1 << 16
+_ROWS_WHEN_FULL = 1 << 10  # each time that rows and evictions interfere, the rest of these is looked at anew
 _SNAPSHOT_USERS = 1 << 14  # users in one part of a snapshot: some hundred MB with long windows
 
 
@@ -115,7 +116,12 @@ class RollingHistories:
             self._pending.settle_rows(batch.offsets[settled], ends[settled])
         rows = np.flatnonzero(accepted)
         while len(rows):
-            rows = rows[self._take(batch, rows[:_ROWS_AT_ONCE], new) :]
+            room = min(
+                self._config.max_users - len(self._windows.users),
+                self._config.max_events - self._windows.events,
+            )
+            at_once = _ROWS_AT_ONCE if room > len(rows) else _ROWS_WHEN_FULL
+            rows = rows[self._take(batch, rows[:at_once], new) :]
         self._names.prune(self._windows.arena.used)
 
     def forget(self, user: int) -> bool:

@@ -121,18 +121,18 @@ def test_names_stay_with_the_items_that_histories_hold() -> None:
 
 
 def test_memory_does_not_grow_once_the_budget_is_reached() -> None:
-    histories = make(window=32, chunk=8, max_users=500, max_events=5000, duplicate_window=1000)
+    histories = make(window=32, chunk=8, max_users=1000, max_events=8000, duplicate_window=1000)
     random = np.random.default_rng(0)
     sizes = []
-    for start in range(0, 50_000, 500):
-        users = random.zipf(1.2, 500) % 5000
-        histories.append(batch(users, start=start, keys=np.arange(start + 1, start + 501)))
+    for start in range(0, 30_000, 250):
+        users = random.zipf(1.2, 250) % 20_000
+        histories.append(batch(users, start=start, keys=np.arange(start + 1, start + 251)))
         histories.pack()
         sizes.append(histories.counters().bytes)
-    assert max(sizes[40:]) < 1.05 * sizes[40]
+    assert max(sizes[60:]) < 1.05 * sizes[60]
     counters = histories.counters()
-    assert counters.users <= 500
-    assert counters.events <= 5000
+    assert counters.users <= 1000
+    assert counters.events <= 8000
     assert counters.evicted > 1000
 
 

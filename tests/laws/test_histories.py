@@ -234,7 +234,7 @@ def run(config: HistoriesConfig, events: list[Event], at: list[int], packs: list
     return histories, batches
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(config=configs(), events=logs(), at=cuts, packs=st.lists(st.integers(0, 12), max_size=6))
 def test_histories_are_a_fold_and_new_events_stand_behind_what_they_came_upon(
     config, events, at, packs
@@ -245,7 +245,7 @@ def test_histories_are_a_fold_and_new_events_stand_behind_what_they_came_upon(
     assert_packed(batches, events, reference)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(config=configs(), events=logs(), one=cuts, other=cuts, packed_at=st.integers(0, 150))
 def test_cuts_change_neither_the_state_nor_the_micro_batches(config, events, one, other, packed_at) -> None:
     runs = []
@@ -261,7 +261,7 @@ def test_cuts_change_neither_the_state_nor_the_micro_batches(config, events, one
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     config=configs(), events=logs(), at=cuts, restored_after=st.integers(0, 12), writer_tracks=st.booleans()
 )
@@ -289,7 +289,7 @@ def test_a_restored_reader_goes_on_as_if_it_had_read_everything(
             assert_packed(batches, emitted, reference)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(config=configs(), events=logs(), at=cuts)
 def test_a_reader_that_does_not_train_has_the_same_histories(config, events, at) -> None:
     server = make(config, track_new=False)
