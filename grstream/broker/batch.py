@@ -14,7 +14,7 @@ HEADER: struct.Struct = DefaultRecordBatch.HEADER_STRUCT
 _LENGTH_AT = 8  # the length field counts the bytes behind itself
 _FRAME_BYTES = 12  # base offset and length
 _CRC_FROM: int = DefaultRecordBatch.ATTRIBUTES_OFFSET  # the checksum covers everything from the attributes
-_MAGIC = 2
+MAGIC = 2
 _TRANSACTIONAL, _CONTROL = 0x10, 0x20
 
 
@@ -41,6 +41,11 @@ class BatchHeader(NamedTuple):
         return self.length + _FRAME_BYTES
 
     @property
+    def plausible(self) -> bool:
+        """Whether this may be a stored batch's header at all."""
+        return self.magic == MAGIC and HEADER.size <= self.size <= MAX_BATCH_BYTES
+
+    @property
     def idempotent(self) -> bool:
         return self.producer_id >= 0
 
@@ -65,7 +70,7 @@ def admit(data: bytes) -> BatchHeader:
     if len(data) < HEADER.size:
         raise Refused(errors.CorruptRecordError, f"{len(data)} bytes are no record batch")
     header = read_header(data)
-    if header.magic != _MAGIC:
+    if header.magic != MAGIC:
         raise Refused(
             errors.UnsupportedForMessageFormatError,
             f"magic {header.magic}; only v2 batches are stored",

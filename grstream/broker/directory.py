@@ -19,12 +19,13 @@ import uuid
 
 from kafka import errors
 
+from grstream.broker import files
 from grstream.broker.errors import DirectoryInUse, NotABrokerDirectory, Refused
 from grstream.broker.log import PartitionLog
 from grstream.broker.offsets import CommittedOffsets
 
 FORMAT = 1
-MAX_PARTITIONS = 1024  # each is an open file
+MAX_PARTITIONS = 512  # each is an open file, and a process may often have no more than 1024
 _TOPIC_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")
 _SCRATCH = "~"  # in no topic's name: a topic being created or deleted
 
@@ -51,7 +52,7 @@ class Directory:
                     shutil.rmtree(folder)
                 else:
                     self.topics[folder.name] = _open_partitions(folder)
-            self.offsets = CommittedOffsets(path / "offsets.jsonl")
+            self.offsets = CommittedOffsets(path / "offsets.jsonl", self.topics)
             undo.pop_all()
 
     def partition(self, topic: str, index: int) -> PartitionLog:
@@ -123,9 +124,7 @@ def _lock(path: pathlib.Path) -> int:
 
 def _cluster_id(path: pathlib.Path) -> str:
     if not path.exists():
-        scratch = path.with_suffix(".json~")
-        scratch.write_text(json.dumps({"format": FORMAT, "cluster_id": uuid.uuid4().hex[:22]}))
-        scratch.replace(path)
+        files.replace(path, json.dumps({"format": FORMAT, "cluster_id": uuid.uuid4().hex[:22]}))
     try:
         meta = json.loads(path.read_text())
         version, cluster_id = meta["format"], meta["cluster_id"]

@@ -31,7 +31,7 @@ from grstream.broker.served import Message, Served
 from grstream.broker.topics_api import NODE_ID
 
 ANNOUNCES_IDS = 4  # from this version of JoinGroup a member asks for its id first
-MAX_METADATA_BYTES = 4096
+MAX_METADATA_LENGTH = 4096
 
 
 class GroupsApi:
@@ -124,32 +124,37 @@ class GroupsApi:
         return LeaveGroupResponse()
 
     async def commit(self, request: Message, caller: Caller) -> Message:
-        """All of it or, where one partition cannot be committed, all but that one."""
-        refusal = self._commit_refusal(request)
+        """All of it but the partitions that cannot be committed."""
+        codes: dict[Partition, int] = {}
         offsets: dict[Partition, Committed] = {}
-        topics = []
         for topic in request.topics:
-            answers = []
             for sent in topic.partitions:
-                code = refusal
                 try:
-                    self._directory.partition(topic.name, sent.partition_index)
-                    if len(sent.committed_metadata or "") > MAX_METADATA_BYTES:
-                        raise Refused(errors.OffsetMetadataTooLargeError, "the metadata is too long")
-                    offsets[topic.name, sent.partition_index] = Committed(
-                        sent.committed_offset, sent.committed_metadata
-                    )
+                    offsets[topic.name, sent.partition_index] = self._committable(topic.name, sent)
                 except Refused as refused:
-                    code = code or refused.code
-                answers.append(
-                    OffsetCommitResponse.OffsetCommitResponseTopic.OffsetCommitResponsePartition(
-                        partition_index=sent.partition_index, error_code=code
-                    )
-                )
-            topics.append(OffsetCommitResponse.OffsetCommitResponseTopic(name=topic.name, partitions=answers))
-        if not refusal:
+                    codes[topic.name, sent.partition_index] = refused.code
+        try:
+            group = self._groups.group(request.group_id)
+            group.check_commit(request.member_id, request.generation_id_or_member_epoch)
             self._directory.offsets.commit(request.group_id, offsets)
-        return OffsetCommitResponse(topics=topics)
+        except Refused as refused:
+            codes |= dict.fromkeys(offsets, refused.code)
+        answer = OffsetCommitResponse.OffsetCommitResponseTopic
+        return OffsetCommitResponse(
+            topics=[
+                answer(
+                    name=topic.name,
+                    partitions=[
+                        answer.OffsetCommitResponsePartition(
+                            partition_index=sent.partition_index,
+                            error_code=codes.get((topic.name, sent.partition_index), 0),
+                        )
+                        for sent in topic.partitions
+                    ],
+                )
+                for topic in request.topics
+            ]
+        )
 
     async def committed(self, request: Message, caller: Caller) -> Message:
         held = self._directory.offsets.of(request.group_id)
@@ -191,14 +196,13 @@ class GroupsApi:
     async def describe(self, request: Message, caller: Caller) -> Message:
         return DescribeGroupsResponse(groups=[self._described(name) for name in request.groups])
 
-    def _commit_refusal(self, request: Message) -> int:
-        try:
-            self._groups.group(request.group_id).check_commit(
-                request.member_id, request.generation_id_or_member_epoch
+    def _committable(self, topic: str, sent: Message) -> Committed:
+        self._directory.partition(topic, sent.partition_index)  # refuses an unknown one
+        if len(sent.committed_metadata or "") > MAX_METADATA_LENGTH:
+            raise Refused(
+                errors.OffsetMetadataTooLargeError, f"metadata over {MAX_METADATA_LENGTH} characters"
             )
-        except Refused as refused:
-            return refused.code
-        return 0
+        return Committed(sent.committed_offset, sent.committed_metadata)
 
     def _described(self, name: str) -> Message:
         if name not in self._groups.names() and name not in self._directory.offsets.groups():

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from kafka import errors
 
-from grstream.broker import batch
+from grstream.broker import batch, files
 from grstream.broker.batch import BatchHeader
 from grstream.broker.errors import CorruptLog, Refused
 from grstream.broker.sequences import Sequences
@@ -49,7 +49,7 @@ class PartitionLog:
             if duplicate is not None:
                 return duplicate
         base = self.end
-        self._write(batch.placed_at(base, data))
+        files.append(self._file, self.size, batch.placed_at(base, data))
         self._enter(header, base)
         self._wake()
         return base
@@ -89,9 +89,7 @@ class PartitionLog:
             raise Refused(
                 errors.OffsetOutOfRangeError, f"offset {offset} is outside {self.start} to {self.end}"
             )
-        scratch = self._start_path.with_suffix(".start~")
-        scratch.write_text(str(offset))
-        scratch.replace(self._start_path)
+        files.replace(self._start_path, str(offset))
         self.start = offset
 
     def wait_with(self, arrival: asyncio.Event) -> None:
@@ -118,17 +116,6 @@ class PartitionLog:
     def _batch(self, index: int) -> bytes:
         position = self._positions[index]
         return os.pread(self._file, self._position_of(index + 1) - position, position)
-
-    def _write(self, data: bytes) -> None:
-        """All or nothing: what a full disk left half-written is cut off again."""
-        try:
-            written = 0
-            while written < len(data):
-                written += os.pwrite(self._file, memoryview(data)[written:], self.size + written)
-        except OSError as error:
-            os.ftruncate(self._file, self.size)
-            log.error("cannot write %s: %s", self.path, error)
-            raise Refused(errors.KafkaStorageError, str(error)) from error
 
     def _enter(self, header: BatchHeader, base: int) -> None:
         newest = max(self._newest[-1], header.max_timestamp) if self._newest else header.max_timestamp
@@ -158,8 +145,7 @@ class PartitionLog:
         while len(view) - self.size >= batch.HEADER.size:
             with view[self.size :] as rest:
                 header = batch.read_header(rest)
-                in_bounds = batch.HEADER.size <= header.size <= batch.MAX_BATCH_BYTES
-                if header.base_offset != self.end or not in_bounds:
+                if header.base_offset != self.end or not header.plausible:
                     raise self._corrupt("no batch begins there")
                 if header.size > len(rest):
                     return

@@ -3,9 +3,10 @@
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import NamedTuple
 
+from grstream.broker import files
 from grstream.broker.errors import CorruptLog
 
 
@@ -18,21 +19,23 @@ Partition = tuple[str, int]  # topic and index
 
 
 class CommittedOffsets:
-    """Written before acknowledged, like the logs; the file is rewritten without the past at each start."""
+    """Written before acknowledged, like the logs; the file is rewritten without the past at each start.
 
-    def __init__(self, path: pathlib.Path) -> None:
+    What was committed for a topic that is gone is no longer there.
+    """
+
+    def __init__(self, path: pathlib.Path, topics: Container[str]) -> None:
         self._groups: dict[str, dict[Partition, Committed]] = {}
         if path.exists():
-            self._load(path)
-        scratch = path.with_suffix(".jsonl~")
-        scratch.write_text(
-            "".join(_line(g, p, c) for g, held in self._groups.items() for p, c in held.items())
-        )
-        scratch.replace(path)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+            self._load(path, topics)
+        lines = [_line(g, p, c) for g, held in self._groups.items() for p, c in held.items()]
+        files.replace(path, "".join(lines))
+        self._file = os.open(path, os.O_WRONLY)
+        self._size = path.stat().st_size
 
     def commit(self, group: str, offsets: Mapping[Partition, Committed]) -> None:
-        os.write(self._file, "".join(_line(group, p, c) for p, c in offsets.items()).encode())
+        """Refused where the disk does not take it."""
+        self._append([_line(group, p, c) for p, c in offsets.items()])
         self._groups.setdefault(group, {}).update(offsets)
 
     def of(self, group: str) -> Mapping[Partition, Committed]:
@@ -44,22 +47,27 @@ class CommittedOffsets:
     def forget_topic(self, topic: str) -> None:
         """A topic was deleted: what was committed for it must not be found by another of its name."""
         gone = [(g, p) for g, held in self._groups.items() for p in held if p[0] == topic]
-        os.write(self._file, "".join(_line(g, p, None) for g, p in gone).encode())
+        self._append([_line(g, p, None) for g, p in gone])
         for group, partition in gone:
             del self._groups[group][partition]
 
     def close(self) -> None:
         os.close(self._file)
 
-    def _load(self, path: pathlib.Path) -> None:
+    def _append(self, lines: list[str]) -> None:
+        data = "".join(lines).encode()
+        files.append(self._file, self._size, data)
+        self._size += len(data)
+
+    def _load(self, path: pathlib.Path, topics: Container[str]) -> None:
         *lines, _torn = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
                 group, topic, index, offset, metadata = json.loads(line)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise CorruptLog(f"{path}, line {number}, is not a committed offset: {error}") from error
             held = self._groups.setdefault(group, {})
-            if offset is None:
+            if offset is None or topic not in topics:
                 held.pop((topic, index), None)
             else:
                 held[topic, index] = Committed(offset, metadata)

@@ -34,7 +34,7 @@ class RecordsApi:
 
     def apis(self) -> list[Served]:
         return [
-            # librdkafka 2.x takes a broker without Produce 0 for one that knows no produce (KAFKA-18659).
+            # Kafka 4 also claims the versions 0-2 that it refuses, for a bug of librdkafka (KAFKA-18659).
             Served(ProduceRequest, 3, 8, self.produce, claimed_oldest=0),
             Served(FetchRequest, 4, 11, self.fetch),
             Served(ListOffsetsRequest, 1, 5, self.list_offsets),

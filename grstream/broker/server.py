@@ -58,8 +58,8 @@ class Broker:
         topics = TopicsApi(self._directory, self.host, self.port, partitions)
         groups = GroupsApi(self._directory, self._groups, self.host, self.port)
         self._apis = {api.key: api for api in [*records.apis(), *topics.apis(), *groups.apis()]}
-        self._connections: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
         self._stopping = asyncio.Event()
 
     @property
@@ -69,7 +69,7 @@ class Broker:
     def serve_forever(self) -> None:
         """Answer clients until `stop`, then close."""
         try:
-            self._loop.run_until_complete(self._serve())
+            self._runner.run(self._serve())
         finally:
             self.close()
 
@@ -80,7 +80,7 @@ class Broker:
     def close(self) -> None:
         """Release socket, directory and files; only while nothing is being served."""
         if not self._loop.is_closed():
-            self._loop.close()
+            self._runner.close()  # cancels the conversations
             self._socket.close()
             self._directory.close()
 
@@ -99,15 +99,9 @@ class Broker:
             except TimeoutError:
                 continue
         server.close()
-        for connection in self._connections:
-            connection.cancel()
-        await asyncio.gather(*self._connections)
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, until the client goes, breaks the protocol, or the broker stops."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
         host, port = writer.get_extra_info("peername")[:2]
         try:
             while True:
@@ -122,10 +116,11 @@ class Broker:
                     await writer.drain()
         except ProtocolViolation as violation:
             log.warning("closing the connection of %s:%d: %s", host, port, violation)
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            pass  # the client is gone, or the broker is stopping: this task's end is its purpose
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the client is gone
+        except asyncio.CancelledError:
+            writer.transport.abort()  # the broker is stopping and waits for no slow reader
         finally:
-            self._connections.discard(task)
             writer.close()
 
     async def _answer(self, frame: bytes, host: str) -> bytes | None:

@@ -26,8 +26,6 @@ from kafka.structs import OffsetAndMetadata
 
 from grstream.broker import Broker, BrokerError, CorruptLog, DirectoryInUse, NotABrokerDirectory, NotLoopback
 
-Serve = Callable[..., contextlib.AbstractContextManager[Broker]]
-
 
 @contextlib.contextmanager
 def _serving(directory: pathlib.Path) -> Iterator[Broker]:
@@ -243,6 +241,19 @@ def test_a_topic_is_whole_or_absent_after_a_kill(tmp_path):
     with _serving(tmp_path) as broker, KafkaAdminClient(bootstrap_servers=broker.bootstrap) as admin:
         assert admin.list_topics() == ["t"]
     assert [p.name for p in (tmp_path / "topics").iterdir()] == ["t"]
+
+
+def test_a_kill_within_a_deletion_leaves_no_commits_to_a_topic_of_the_same_name(tmp_path):
+    with _serving(tmp_path) as broker:
+        _commit(broker.bootstrap, 41)
+    (tmp_path / "topics" / "t").rename(tmp_path / "topics" / "~being-deleted")
+    for _ in range(2):
+        with (
+            _serving(tmp_path) as broker,
+            KafkaConsumer(bootstrap_servers=broker.bootstrap, group_id="g") as consumer,
+        ):
+            _send(broker.bootstrap, [b"v"])
+            assert consumer.committed(TopicPartition("t", 0)) is None
 
 
 @pytest.mark.parametrize(
