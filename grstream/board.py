@@ -69,14 +69,17 @@ class Board:
 
     def __init__(self) -> None:
         self._actor: Any = ray.remote(num_cpus=0, max_concurrency=100)(BoardActor).remote()
+        self._stopped: Any = None
 
     def stop(self) -> None:
         """Ask the trainer to finish its step, save and return."""
         ray.get(self._actor.stop.remote())
 
-    def when_stopped(self) -> Any:
-        """A reference that becomes ready once `stop` has been called."""
-        return self._actor.stopped.remote()
+    def stop_asked(self) -> bool:
+        """Whether `stop` was called. Costs no message: one call waits at the actor until it is."""
+        if self._stopped is None:
+            self._stopped = self._actor.stopped.remote()
+        return bool(ray.wait([self._stopped], timeout=0)[0])
 
     def set_position(self, ledger: Ledger) -> None:
         """State which offsets the next execution must not emit."""

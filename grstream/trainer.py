@@ -1,0 +1,306 @@
+"""One rank of the training loop: micro-batches in, weights versions and checkpoints out.
+
+The ranks move in step. At every turn each says whether it has a micro-batch and which offsets that settles;
+rank 0 adds whether it is time to checkpoint, publish or stop. All know all of it, so every rank holds the
+whole ledger, an idle rank joins a step with an empty batch, and all leave together.
+"""
+
+import concurrent.futures
+import dataclasses
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from grstream.board import Board, Progress
+from grstream.checkpoints import CheckpointStore, Record
+from grstream.config import Config
+from grstream.journal import Journal, Mark, new_run
+from grstream.learner import Learner, StepReport
+from grstream.ledger import Disposition, Ledger, OffsetRange
+from grstream.microbatch import MicroBatch
+from grstream.ranks import Ranks
+from grstream.source import ReadersNotStarted, Until
+from grstream.weights import Manifest, Recipe, WeightStore
+
+logger = logging.getLogger(__name__)
+
+READERS_START_S = 30  # an endless read task that has not reported by then has no slot and never will
+ALONE_WAIT_S = 0.2  # how long a turn waits for a block: bounds how late a clock or a stop is noticed
+TOGETHER_WAIT_S = 0.02  # with several ranks, those that have work wait for those that have none
+PROGRESS_S = 2.0  # seconds between reports to the driver; the figures cost some 10 ms
+
+
+class Vote(NamedTuple):
+    """What one rank brings to a turn."""
+
+    events: int = 0
+    ranges: tuple[OffsetRange, ...] = ()
+    newest_event_ms: int = 0
+    greetings: int = 0  # readers that reported
+    ended: bool = False
+    stop: bool = False  # rank 0 decides these three
+    checkpoint: bool = False
+    publish: bool = False
+
+
+class Feed:
+    """The blocks of one Ray Data execution, drawn by a thread, so that a turn need not wait for one."""
+
+    AHEAD = 2  # blocks drawn before they are asked for; Ray Data keeps its own few
+
+    def __init__(self, shard: Any) -> None:
+        self._blocks: queue.Queue[MicroBatch] = queue.Queue(self.AHEAD)
+        self._closed = threading.Event()
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "feed")
+        self._drawing = self._pool.submit(self._draw, shard)
+
+    def next(self, timeout_s: float) -> MicroBatch | None:
+        """The next micro-batch, or None if none came in time. Raises what stopped the execution, if so."""
+        try:
+            return self._blocks.get(timeout=timeout_s)
+        except queue.Empty:
+            if self._drawing.done():
+                self._drawing.result()
+            return None
+
+    def ended(self) -> bool:
+        return self._drawing.done() and self._blocks.empty()
+
+    def close(self) -> None:
+        """Draw no more. A draw that is waiting for a block ends with the execution or the process."""
+        self._closed.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _draw(self, shard: Any) -> None:
+        for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            batch = MicroBatch.from_block(block)
+            while not self._closed.is_set():
+                try:
+                    self._blocks.put(batch, timeout=1)
+                    break
+                except queue.Full:
+                    continue
+            if self._closed.is_set():
+                return
+
+
+class Trainer:
+    """A rank. Begins where the newest checkpoint ends."""
+
+    def __init__(self, config: Config, ranks: Ranks, board: Board, until: Until | None) -> None:
+        self._config, self._ranks, self._board, self._until = config, ranks, board, until
+        self._learner = Learner(config, ranks)
+        self._ledger = Ledger()
+        self._events = 0
+        self._newest_event_ms = 0
+        self._store = CheckpointStore(config.storage / "checkpoints")
+        self._weights = WeightStore(config.storage / "weights")
+        self._publishing: concurrent.futures.Future[Manifest] | None = None
+        self._publisher = concurrent.futures.ThreadPoolExecutor(1, "publisher")
+        self._checkpoint_number, self._version = 0, max(self._weights.numbers(), default=0)
+        resumed = self._resume()
+        self._journal = self._open_journal(resumed)
+        self._stopping = False
+        self._saved_settled = self._settled()
+        self._published_step = -1
+        self._next_checkpoint = time.monotonic() + config.train.checkpoint_every_s
+        self._next_publish = time.monotonic()
+        self._next_progress = time.monotonic()
+
+    def run(self, shard: Any) -> None:
+        """Train until asked to stop or the bound is reached; then checkpoint, publish and return."""
+        while not (self._stopping or self._bound_reached()):
+            if self._leads:
+                self._board.set_position(self._ledger)
+            feed = Feed(shard)
+            try:
+                self._consume(feed)
+            finally:
+                feed.close()
+        self._checkpoint()
+        self._publish(wait=True)
+        self._report()
+        self._publisher.shutdown()
+        if self._journal:
+            self._journal.close()
+
+    # -- a turn -----------------------------------------------------------------------------------------
+
+    def _consume(self, feed: Feed) -> None:
+        """The turns of one execution, until it ends or the trainer is stopped."""
+        wait_s = ALONE_WAIT_S if self._ranks.world == 1 else TOGETHER_WAIT_S
+        greeted, patience_ends = 0, time.monotonic() + READERS_START_S
+        for batch in self._turns(feed, wait_s):
+            votes = self._ranks.gather(self._vote(batch, feed))
+            greeted += sum(vote.greetings for vote in votes)
+            if greeted < self._config.source.readers and time.monotonic() > patience_ends:
+                raise ReadersNotStarted(self._config.source.readers, greeted, READERS_START_S)
+            self._settle(batch, votes)
+            orders = votes[0]
+            if orders.checkpoint:
+                self._checkpoint()
+            if orders.publish:
+                self._publish(wait=False)
+            if self._leads and time.monotonic() >= self._next_progress:
+                self._report()
+            self._stopping = orders.stop
+            if self._stopping or all(vote.ended for vote in votes):
+                return
+
+    @staticmethod
+    def _turns(feed: Feed, wait_s: float) -> Iterator[MicroBatch | None]:
+        while True:
+            yield feed.next(wait_s)
+
+    def _vote(self, batch: MicroBatch | None, feed: Feed) -> Vote:
+        vote = Vote(ended=batch is None and feed.ended())
+        if batch is not None:
+            vote = vote._replace(
+                events=batch.new_events,
+                ranges=batch.ranges,
+                newest_event_ms=batch.newest_event_ms,
+                greetings=int(not batch.ranges),  # a reader's first block is empty, and no other is
+            )
+        if not self._leads:
+            return vote
+        now = time.monotonic()
+        return vote._replace(
+            stop=self._board.stop_asked(),
+            checkpoint=now >= self._next_checkpoint,
+            publish=now >= self._next_publish,
+        )
+
+    def _settle(self, batch: MicroBatch | None, votes: list[Vote]) -> None:
+        """Learn from the ranks' batches and record every offset that they settle."""
+        ranges = [r for vote in votes for r in vote.ranges]
+        if not ranges:
+            return
+        events = sum(vote.events for vote in votes)
+        report: StepReport | None = None
+        if events:
+            features = len(self._config.events.features)
+            report = self._learner.step(MicroBatch.empty(features) if batch is None else batch)
+        for r in ranges:
+            self._ledger.add(r)
+        self._events += events
+        self._newest_event_ms = max(self._newest_event_ms, *(vote.newest_event_ms for vote in votes))
+        if self._journal:
+            figures = {}
+            if report:
+                figures = {
+                    "step": report.step,
+                    "ranking_loss": report.ranking_loss,
+                    "retrieval_loss": report.retrieval_loss,
+                    "tokens": report.tokens,
+                }
+            self._journal.settled(ranges, events=events, **figures)
+
+    # -- what a trainer leaves behind ---------------------------------------------------------------------
+
+    @property
+    def _leads(self) -> bool:
+        return self._ranks.rank == 0
+
+    def _bound_reached(self) -> bool:
+        reached = self._leads and self._until is not None and self._until.reached(self._config, self._ledger)
+        return self._ranks.gather(reached)[0]
+
+    def _resume(self) -> Mark | None:
+        """Load the newest checkpoint, the same on every rank, and take the number after it."""
+        taken = max(self._store.numbers(), default=0)
+        found = self._store.newest() if self._leads else None
+        number, taken = self._ranks.gather((found.record.number if found else 0, taken))[0]
+        self._next_number = taken + 1
+        if not number:
+            return None
+        found = found or self._store.load(number)
+        self._learner.load(found.directory)
+        self._ledger = found.ledger
+        self._events, self._newest_event_ms = found.record.events, found.record.newest_event_ms
+        self._checkpoint_number = number
+        logger.info(
+            "resumed from checkpoint %d: step %d, %d events", number, found.record.step, found.record.events
+        )
+        return Mark(found.record.run, found.record.entries)
+
+    def _open_journal(self, resumed: Mark | None) -> Journal | None:
+        return Journal(self._config.storage / "metrics", new_run(), resumed) if self._leads else None
+
+    def _settled(self) -> dict[str, int]:
+        return {d.name.lower(): self._ledger.count(d) for d in Disposition}
+
+    def _checkpoint(self) -> None:
+        """Save, if anything was settled since the last time. All ranks call it together."""
+        self._next_checkpoint = time.monotonic() + self._config.train.checkpoint_every_s
+        settled = self._settled()
+        if settled == self._saved_settled:
+            return
+        if self._journal:
+            self._journal.sync()
+            record = Record(
+                number=self._next_number,
+                run=self._journal.mark.run,
+                entries=self._journal.mark.entries,
+                step=self._learner.steps,
+                events=self._events,
+                newest_event_ms=self._newest_event_ms,
+                created_ms=0,
+            )
+            self._store.write(record, self._ledger, self._learner.save)
+            self._store.prune(self._config.train.keep_checkpoints)
+            self._checkpoint_number = record.number
+            logger.info("checkpoint %d: step %d, %d events", record.number, record.step, record.events)
+        self._next_number += 1
+        self._saved_settled = settled
+
+    def _publish(self, wait: bool) -> None:
+        """Publish a version if the weights have changed; without `wait`, beside the next steps."""
+        self._next_publish = time.monotonic() + self._config.train.publish_every_s
+        if not self._leads or (self._publishing and not self._publishing.done() and not wait):
+            return
+        if self._publishing:
+            self._version = self._publishing.result().number
+            self._publishing = None
+        if self._learner.steps != self._published_step:
+            self._published_step = self._learner.steps
+            self._publishing = self._publisher.submit(
+                self._write_version,
+                weights=self._learner.weights(),
+                recipe=Recipe.of(self._config),
+                step=self._learner.steps,
+                positions={p: self._ledger.consumed(p) for p in self._ledger.partitions()},
+                newest_event_ms=self._newest_event_ms,
+            )
+        if wait and self._publishing:
+            self._version = self._publishing.result().number
+
+    def _write_version(self, **version: Any) -> Manifest:
+        manifest = self._weights.publish(**version)
+        self._weights.prune(self._config.train.keep_versions)
+        return manifest
+
+    def _report(self) -> None:
+        """Tell the driver, and the journal, how it goes."""
+        self._next_progress = time.monotonic() + PROGRESS_S
+        if self._publishing and self._publishing.done():
+            self._version = self._publishing.result().number
+        if not self._journal:
+            return
+        positions = {p: self._ledger.watermark(p) or 0 for p in self._ledger.partitions()}
+        progress = Progress(
+            at_ms=time.time_ns() // 1_000_000,
+            step=self._learner.steps,
+            events=self._events,
+            settled=self._settled(),
+            positions=positions,
+            newest_event_ms=self._newest_event_ms,
+            figures={k: float(v) for k, v in self._learner.metrics.figures().items() if math.isfinite(v)},
+            version=self._version,
+            checkpoint=self._checkpoint_number,
+        )
+        self._board.report(progress)
+        self._journal.note({"progress": dataclasses.asdict(progress)})

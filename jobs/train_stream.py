@@ -1,0 +1,119 @@
+"""Train on the stream of actions: continuously, or up to a bound.
+
+    python jobs/train_stream.py --config X.yaml [--until now|PARTITION:OFFSET,...|ISO-TIME]
+
+On a cluster (`ray start --head`), from the project's root:
+
+    ray job submit --working-dir . -- python jobs/train_stream.py --config X.yaml
+
+Ray puts the working directory on PYTHONPATH of the job and of its workers, before what is installed, so the
+project's packages are found there. The job client wants RAY_AUTH_MODE=token, or =disabled, like the cluster.
+
+SIGTERM or Ctrl-C (`ray job stop` sends the first, and kills after 3 s): the step is finished, a checkpoint
+and a weights version are written, exit code 0. A second one aborts. Started again, training goes on there.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+import ray
+
+from grstream.board import Progress
+from grstream.config import Config, ConfigError, load
+from grstream.kafka import BrokerUnavailable, TopicMissing, partition_count
+from grstream.lag import Lag
+from grstream.train import LASTING, NotEnoughCpus, train
+from grstream.until import Until
+
+
+class Lines:
+    """Progress as lines for a person."""
+
+    def __init__(self, config: Config) -> None:
+        self._lag = Lag(config.kafka, partition_count(config.kafka))
+        self._before: Progress | None = None
+
+    def show(self, now: Progress) -> None:
+        before, self._before = self._before, now
+        rate = 0.0
+        if before and now.at_ms > before.at_ms:
+            rate = (now.events - before.events) * 1000 / (now.at_ms - before.at_ms)
+        lag = self._lag.of(now.positions)
+        parts = [
+            time.strftime("%H:%M:%S"),
+            f"{now.events:,} events",
+            f"{rate:,.0f}/s",
+            "lag unknown" if lag is None else f"lag {lag:,}",
+            *(f"NE {name[3:]} {value:.3f}" for name, value in now.figures.items() if name.startswith("ne/")),
+            f"step {now.step}",
+            f"version {now.version}",
+            f"checkpoint {now.checkpoint}",
+        ]
+        print("  ".join(parts), flush=True)
+
+    def close(self) -> None:
+        self._lag.close()
+
+
+def main() -> int:
+    options = _options()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("kafka").setLevel(logging.WARNING)
+    try:
+        config = load(options.config)
+        until = Until.parse(options.until, config) if options.until else None
+        lines = Lines(config)
+    except (ConfigError, BrokerUnavailable, TopicMissing, ValueError) as error:
+        print(f"train_stream: {error}", file=sys.stderr)
+        return 2
+    # Ray Train looks at its workers this often: a stop must be through in the 3 s that `ray job stop` gives.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    ray.init(log_to_driver=options.verbose, logging_level=logging.WARNING)
+    stop = _stop_on_signals()
+    try:
+        final = train(config, until, stop, lines.show)
+    except (*LASTING, NotEnoughCpus, BrokerUnavailable, TopicMissing) as error:
+        print(f"train_stream: {error}", file=sys.stderr)
+        return 1
+    finally:
+        lines.close()
+    settled = (
+        ", ".join(f"{count:,} {what}" for what, count in final.settled.items()) if final else "nothing read"
+    )
+    print(f"{'stopped' if stop.is_set() else 'done'}: {settled}", flush=True)
+    return 0
+
+
+def _stop_on_signals() -> threading.Event:
+    """An event that the first SIGTERM or SIGINT sets; the second ends the process."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise SystemExit(128 + number)
+        print("stopping: the step is finished and saved", flush=True)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+    return stop
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train on the stream of actions.")
+    parser.add_argument("--config", required=True, help="the system's YAML")
+    parser.add_argument(
+        "--until", help="now, PARTITION:OFFSET,... or an ISO date and time; default: for ever"
+    )
+    parser.add_argument("--verbose", action="store_true", help="show what Ray's workers log")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

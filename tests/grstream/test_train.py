@@ -1,0 +1,287 @@
+"""The training loop: turns, checkpoints, journals and versions; then the whole job on Ray."""
+
+import dataclasses
+import pathlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+
+from grstream import config as configs
+from grstream import trainer as trainers
+from grstream.audit import audit
+from grstream.board import Board, Progress
+from grstream.checkpoints import CheckpointConflict, CheckpointStore
+from grstream.journal import Mark, lineage
+from grstream.kafka import BrokerUnavailable, TopicMissing, create_topic
+from grstream.ledger import Disposition, Ledger, OffsetRange
+from grstream.microbatch import MicroBatch
+from grstream.ranks import Ranks
+from grstream.reader import LogTruncated
+from grstream.source import ReadersNotStarted
+from grstream.train import NotEnoughCpus, train
+from grstream.trainer import Trainer
+from grstream.until import Until
+from grstream.weights import WeightStore
+from tests.grstream.micro_batches import random_batches
+from tests.grstream.streams import Stream, make_config
+
+# -- one rank, without Ray and Kafka ------------------------------------------------------------------------
+
+
+class QuietBoard(Board):
+    """A board that no other process looks at."""
+
+    def __init__(self, stop_after: int = 0) -> None:
+        self.positions: list[Ledger] = []
+        self.reports: list[Progress] = []
+        self._turns = stop_after
+
+    def stop_asked(self) -> bool:
+        self._turns -= 1
+        return self._turns == 0
+
+    def set_position(self, ledger: Ledger) -> None:
+        self.positions.append(Ledger(ledger))
+
+    def report(self, progress: Progress) -> None:
+        self.reports.append(progress)
+
+
+@dataclasses.dataclass
+class Shard:
+    """Ray Data's iterator: each iteration is one execution."""
+
+    executions: list[list[MicroBatch]]
+
+    def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
+        for batch in self.executions.pop(0):
+            yield batch.to_block()
+
+
+class Bound(Until):
+    """Reached when so many offsets of partition 0 are settled."""
+
+    def reached(self, config: configs.Config, ledger: Ledger) -> bool:
+        assert self.offsets is not None
+        return (ledger.watermark(0) or 0) >= self.offsets[0]
+
+
+def batches(count: int) -> list[MicroBatch]:
+    """A stream whose every micro-batch settles its own new events."""
+    return [
+        dataclasses.replace(
+            b, ranges=(OffsetRange(0, int(b.offsets.min()), int(b.offsets.max()) + 1, Disposition.TRAINED),)
+        )
+        for b in random_batches(0, count)
+    ]
+
+
+GREETING = MicroBatch.empty()
+
+
+@pytest.fixture
+def config(tmp_path: pathlib.Path) -> configs.Config:
+    return make_config(tmp_path, "127.0.0.1:9", train={"checkpoint_every_s": 1000, "publish_every_s": 1000})
+
+
+def run(config: configs.Config, stream: list[MicroBatch], board: QuietBoard | None = None) -> Trainer:
+    trainer = Trainer(config, Ranks(), board or QuietBoard(), Bound(offsets={0: stream[-1].ranges[0].stop}))
+    trainer.run(Shard([[GREETING, *stream]]))
+    return trainer
+
+
+def test_a_run_ends_with_a_checkpoint_of_all_it_settled(config: configs.Config) -> None:
+    stream = batches(6)
+    run(config, stream)
+    found = CheckpointStore(config.storage / "checkpoints").newest()
+    assert found is not None
+    assert list(found.ledger) == list(Ledger(r for b in stream for r in b.ranges))
+    assert found.record.events == sum(b.new_events for b in stream)
+    assert found.record.step == 6
+
+
+def test_a_run_publishes_at_its_start_and_its_end_with_positions(config: configs.Config) -> None:
+    stream = batches(6)
+    run(config, stream)
+    store = WeightStore(config.storage / "weights")
+    assert store.numbers() == [1, 2]
+    first, last = store.load(1).manifest, store.load(2).manifest
+    assert (first.step, first.positions) == (0, {})
+    assert (last.step, last.positions) == (6, {0: [(0, stream[-1].ranges[0].stop)]})
+    assert last.newest_event_ms == max(b.newest_event_ms for b in stream)
+
+
+def test_versions_are_numbered_on_after_a_restart(config: configs.Config) -> None:
+    stream = batches(6)
+    run(config, stream[:3])
+    run(config, stream[3:])
+    assert WeightStore(config.storage / "weights").numbers() == [1, 2, 3, 4]
+
+
+def test_a_run_resumed_is_the_run_uninterrupted(config: configs.Config, tmp_path: pathlib.Path) -> None:
+    stream = batches(8)
+    whole = config.model_copy(update={"storage": tmp_path / "whole"})
+    run(whole, stream)
+    run(config, stream[:5])
+    run(config, stream[5:])
+    expected, found = (WeightStore(c.storage / "weights") for c in (whole, config))
+    want, got = expected.load(expected.numbers()[-1]).weights, found.load(found.numbers()[-1]).weights
+    assert {k: v.tobytes() for k, v in got.dense.items()} == {k: v.tobytes() for k, v in want.dense.items()}
+    assert (got.keys.tobytes(), got.rows.tobytes()) == (want.keys.tobytes(), want.rows.tobytes())
+
+
+def test_an_execution_that_ends_is_followed_by_one_from_where_it_ended(config: configs.Config) -> None:
+    stream = batches(6)
+    board = QuietBoard()
+    trainer = Trainer(config, Ranks(), board, Bound(offsets={0: stream[-1].ranges[0].stop}))
+    trainer.run(Shard([[GREETING, *stream[:4]], [GREETING, *stream[4:]]]))
+    assert [p.watermark(0) for p in board.positions] == [None, stream[3].ranges[0].stop]
+    found = CheckpointStore(config.storage / "checkpoints").newest()
+    assert found is not None
+    assert found.ledger.watermark(0) == stream[-1].ranges[0].stop
+
+
+def test_a_stop_is_obeyed_at_the_next_turn(config: configs.Config) -> None:
+    trainer = Trainer(config, Ranks(), QuietBoard(stop_after=4), None)
+    trainer.run(Shard([[GREETING, *batches(50)]]))
+    found = CheckpointStore(config.storage / "checkpoints").newest()
+    assert found is not None
+    assert found.record.step == 3
+
+
+def test_offsets_without_events_are_settled_without_a_step(config: configs.Config) -> None:
+    dead = MicroBatch.empty(ranges=(OffsetRange(0, 0, 7, Disposition.DEAD_LETTER),))
+    run(config, [dead])
+    found = CheckpointStore(config.storage / "checkpoints").newest()
+    assert found is not None
+    assert (found.record.step, found.record.events, found.ledger.watermark(0)) == (0, 0, 7)
+
+
+def test_what_a_journal_says_beyond_the_checkpoint_resumed_from_is_left_out(config: configs.Config) -> None:
+    stream = batches(8)
+    run(config, stream[:3])
+    lost = Trainer(config, Ranks(), QuietBoard(), None)  # dies before it checkpoints
+    with pytest.raises(RuntimeError, match="killed"):
+        lost.run(_Killed([GREETING, *stream[3:6]]))
+    run(config, stream[3:])
+    found = CheckpointStore(config.storage / "checkpoints").newest()
+    assert found is not None
+    ranges = lineage(config.storage / "metrics", Mark(found.record.run, found.record.entries))
+    assert list(Ledger(ranges)) == list(found.ledger)
+    assert len(list((config.storage / "metrics").iterdir())) == 3
+
+
+class Endless(Shard):
+    """An execution that goes quiet."""
+
+    def __init__(self, stream: list[MicroBatch]) -> None:
+        super().__init__([stream])
+
+    def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
+        yield from super().iter_batches(**options)
+        time.sleep(2)
+
+
+class _Killed(Endless):
+    def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
+        yield from Shard.iter_batches(self, **options)
+        raise RuntimeError("killed")
+
+
+def test_of_two_trainers_on_one_storage_one_is_told(config: configs.Config) -> None:
+    stream = batches(4)
+    end = Bound(offsets={0: stream[-1].ranges[0].stop})
+    one, two = (Trainer(config, Ranks(), QuietBoard(), end) for _ in range(2))
+    one.run(Shard([[GREETING, *stream]]))
+    with pytest.raises(CheckpointConflict):
+        two.run(Shard([[GREETING, *stream]]))
+
+
+def test_readers_that_do_not_start_fail_the_run(
+    config: configs.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainers, "READERS_START_S", 0.1)
+    config = config.model_copy(update={"source": config.source.model_copy(update={"readers": 3})})
+    trainer = Trainer(config, Ranks(), QuietBoard(), None)
+    with pytest.raises(ReadersNotStarted, match="1 of 3 readers started"):
+        trainer.run(Endless([GREETING]))
+
+
+# -- the job ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, kafka_bootstrap: str) -> Stream:
+    config = make_config(
+        tmp_path_factory.mktemp("job"),
+        kafka_bootstrap,
+        source={"readers": 2, "flush_events": 64, "flush_ms": 100, "recycle_s": 1.5},
+        train={"workers": 2, "checkpoint_every_s": 1, "publish_every_s": 0.5},
+    )
+    create_topic(config.kafka, 3)
+    return Stream(config)
+
+
+@pytest.mark.kafka
+@pytest.mark.ray_cluster
+class TestJob:
+    """In this order: each goes on from the storage that the one before it left."""
+
+    def test_two_ranks_settle_every_offset_once_over_renewed_executions(
+        self, cluster: None, job: Stream
+    ) -> None:
+        job.send(1000)
+        threading.Timer(15, job.send, (1000,)).start()
+        final = train(job.config, Until.parse("0:400,1:400,2:400", job.config))
+        assert final is not None
+        found = audit(job.config)
+        assert found.passed
+        assert sum(final.settled.values()) == 1200
+
+    def test_one_rank_goes_on_where_two_left_off(self, cluster: None, job: Stream) -> None:
+        config = job.config.model_copy(update={"train": job.config.train.model_copy(update={"workers": 1})})
+        final = train(config, Until.parse("now", config))
+        assert final is not None
+        found = audit(config)
+        assert found.passed
+        assert sum(final.settled.values()) == job.sent
+        assert all(found.count(d) for d in Disposition if d != Disposition.CONTROL)
+        assert final.version == max(WeightStore(config.storage / "weights").numbers())
+
+    def test_a_lasting_error_of_a_reader_ends_the_job_as_itself(self, cluster: None, job: Stream) -> None:
+        config = make_config(job.config.storage, job.config.kafka.bootstrap_servers[0], train={"workers": 1})
+        create_topic(config.kafka, 3)
+        with pytest.raises(LogTruncated, match="created anew"):
+            train(config)
+
+    def test_a_job_that_does_not_fit_is_refused(self, cluster: None, job: Stream) -> None:
+        config = job.config.model_copy(
+            update={"source": job.config.source.model_copy(update={"readers": 20})}
+        )
+        with pytest.raises(NotEnoughCpus, match="needs 12 CPUs"):
+            train(config)
+
+    def test_a_missing_topic_is_said_before_anything_starts(self, cluster: None, job: Stream) -> None:
+        config = make_config(job.config.storage, job.config.kafka.bootstrap_servers[0])
+        with pytest.raises(TopicMissing, match=config.kafka.topic):
+            train(config)
+
+    def test_a_broker_that_is_down_is_said_before_anything_starts(
+        self, cluster: None, tmp_path: pathlib.Path
+    ) -> None:
+        config = make_config(tmp_path, "127.0.0.1:9")
+        kafka = config.kafka.model_copy(update={"request_timeout_ms": 1000})
+        with pytest.raises(BrokerUnavailable, match="no Kafka broker answered"):
+            train(config.model_copy(update={"kafka": kafka}))
