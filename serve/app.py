@@ -55,7 +55,7 @@ def build(arguments: Arguments) -> Application:
         config = configuration.load(arguments.config)
     else:
         config = configuration.parse(arguments.config)
-    return application(config)
+    return application(config.model_copy(update={"storage": config.storage.absolute()}))
 
 
 def application(config: Config) -> Application:
