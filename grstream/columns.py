@@ -127,7 +127,6 @@ class ColumnReader:
             joined.startswith(b"{")
             and joined.endswith(b"}")
             and joined.count(b"\n") == joined.count(b"}\n{") == records - 1
-            and b"\0" not in joined  # Arrow takes it for the end
         ):
             return False
         if joined.isascii():

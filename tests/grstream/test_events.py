@@ -264,6 +264,42 @@ def test_a_record_decodes_the_same_alone_in_company_and_by_the_schema(
     assert [rows(d)[100] for d in alone] == list(expected.values())
 
 
+EVENT = b'{"user_id":1,"item_id":2,"actions":[],"timestamp_ms":3}'
+OPEN = b'{"user_id":1,"item_id":2,"actions":[],"timestamp_ms":3,"context":'
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        # As many objects as records, if the records ran together.
+        [OPEN, b'{"lang":2}}', EVENT + EVENT],
+        [OPEN + b'{"lang":2', b"}}", EVENT + EVENT],
+        [EVENT + EVENT + b"\0}", EVENT],
+        [EVENT + b"\n" + EVENT, b" "],
+        [EVENT + EVENT, b""],
+        [b'{"event_id":"}', b'{",' + EVENT[1:], EVENT + EVENT],
+    ],
+)
+def test_records_do_not_run_together(values: list[bytes | None]) -> None:
+    decoded = decode([*values, EVENT])
+    assert [r.offset for r in decoded.rejected] == [100 + i for i, v in enumerate(values) if v != EVENT]
+
+
+@pytest.mark.parametrize("field", ["user_id", "item_id", "event_id"])
+def test_an_empty_string_among_strings_is_no_id(field: str) -> None:
+    texts = ["a"] * 50 + [""] + ["b"] * 50
+    [rejected] = decode([wire(GOOD | {field: text}) for text in texts]).rejected
+    assert (rejected.offset, rejected.field) == (150, field)
+
+
+@pytest.mark.parametrize("ignored", [b"[" * 300 + b"]" * 300, b"1" * 5000, b'"\xff"', b'{"\xff":1}'])
+def test_what_the_schema_refuses_inside_an_ignored_field_is_refused_in_company_too(ignored: bytes) -> None:
+    value = b'{"debug":' + ignored + b"," + EVENT[1:]
+    with pytest.raises(InvalidEvent):
+        EventSchema(LENIENT).validate(value)
+    assert [r.offset for r in decode([EVENT, value, EVENT], LENIENT).rejected] == [101]
+
+
 def test_one_poison_record_or_mixed_ids_leave_the_rest_to_the_fast_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
