@@ -55,11 +55,6 @@ class Pending:
         """New events."""
         return self._count
 
-    @property
-    def settled(self) -> int:
-        """Offsets whose disposition the next micro-batch carries, those of new events among them."""
-        return sum(r.stop - r.start for r in self._ranges)
-
     def open(self, sequences: Sequences) -> Ints:
         """Open sequences; returns their numbers."""
         start = self._opened

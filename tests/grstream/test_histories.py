@@ -85,6 +85,16 @@ def test_a_micro_batch_settles_what_its_reader_settled_with_the_rest() -> None:
     assert histories.pack().ranges == ()
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_an_id_is_a_duplicate_up_to_the_window_and_not_beyond(size) -> None:
+    keys = [1, 2, 3, 1, 4, 2]  # 1 after three offsets, 2 after four
+    histories = make(duplicate_window=3)
+    for start in range(0, 6, size):
+        part = keys[start : start + size]
+        histories.append(batch([7] * len(part), start=start, keys=part))
+    assert histories.history(7).items.tolist() == [0, 1, 2, 4, 5]
+
+
 def test_a_reader_that_does_not_train_has_nothing_to_pack() -> None:
     histories = RollingHistories(HistoriesConfig(), features=0, track_new=False)
     histories.append(batch([1]))
