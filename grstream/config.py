@@ -117,10 +117,10 @@ class TrainConfig(Section):
     workers: int = pydantic.Field(1, ge=1)
     worker_cpus: float = pydantic.Field(1, gt=0, description="logical CPUs each trainer worker asks Ray for")
     gpu: bool = False
-    learning_rate: float = pydantic.Field(1e-3, gt=0, description="AdamW, dense parameters")
+    learning_rate: float = pydantic.Field(5e-4, gt=0, description="AdamW, dense parameters")
     row_learning_rate: float = pydantic.Field(0.05, gt=0, description="rowwise Adagrad, embedding rows")
     weight_decay: float = pydantic.Field(0.0, ge=0)
-    retrieval_weight: float = pydantic.Field(0.1, ge=0, description="retrieval loss beside the ranking loss")
+    retrieval_weight: float = pydantic.Field(0.02, ge=0, description="retrieval loss beside the ranking loss")
     negatives: int = pydantic.Field(256, ge=1, description="uniform negatives a step beside in-batch ones")
     publish_every_s: float = pydantic.Field(5, gt=0)
     checkpoint_every_s: float = pydantic.Field(60, gt=0)
@@ -145,7 +145,7 @@ class ServeConfig(Section):
     cache_bytes: int = pydantic.Field(1 << 30, ge=0, description="keys and values kept per scorer replica")
     poll_weights_s: float = pydantic.Field(0.5, gt=0)
     queue: int = pydantic.Field(256, ge=1, description="requests a replica holds before it answers 503")
-    request_timeout_ms: int = pydantic.Field(5_000, ge=1, description="a request that takes longer gets a 503")
+    request_timeout_ms: int = pydantic.Field(5_000, ge=1, description="beyond it a request gets a 503")
 
 
 class ActionRule(Section):

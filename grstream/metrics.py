@@ -155,8 +155,8 @@ def running_rates(
     """The predictors to beat, each from the events before the one it predicts, in stream order: (N,) each.
 
     `global`: the running mean. `item`: the item's running mean, smoothed towards the global one. `user_item`:
-    the sum of the user's and the item's smoothed deviations from the global rate in log-odds. `smoothing` is in
-    pseudo-events of the global rate.
+    the sum of the user's and the item's smoothed deviations from the global rate in log-odds. `smoothing` is
+    in pseudo-events of the global rate.
     """
     out = {name: np.empty(len(labels)) for name in ("global", "item", "user_item")}
     counts: dict[tuple[str, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
@@ -165,7 +165,8 @@ def running_rates(
     def logit(p: float) -> float:
         return math.log(p / (1 - p))
 
-    for i, (user, item, label) in enumerate(zip(users.tolist(), items.tolist(), labels.tolist(), strict=True)):
+    stream = zip(users.tolist(), items.tolist(), labels.tolist(), strict=True)
+    for i, (user, item, label) in enumerate(stream):
         rate = positives / events
         of_item, of_user = counts["item", item], counts["user", user]
         item_rate = (of_item[0] + smoothing * rate) / (of_item[1] + smoothing)

@@ -14,7 +14,9 @@ import torch
 from grstream.keys import Keys
 from grstream.keytable import KeyTable
 
-INITIAL_STD = 0.02
+# Retrieval normalises item vectors, so a short one gets long gradients: rows that start much shorter than
+# this are steered by the retrieval loss alone until they have grown.
+INITIAL_STD = 0.1
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64
 
 

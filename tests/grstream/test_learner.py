@@ -1,0 +1,176 @@
+"""Streaming training predicts first, learns after, and its whole state can be taken up again."""
+
+import dataclasses
+import pathlib
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from grstream import config
+from grstream.keys import Namespace, keys_of_ints
+from grstream.learner import Learner, NonFiniteLoss
+from grstream.microbatch import MicroBatch, Role
+from grstream.ranks import Ranks
+from tests.grstream.micro_batches import micro_batch, random_batches
+
+
+def small_config(seed: int = 0, **model: object) -> config.Config:
+    return config.parse(
+        {
+            "storage": "unused",
+            "events": {"actions": ["seen", "liked"]},
+            "model": {"layers": 2, "dim": 8, "heads": 2, **model},
+            "train": {"negatives": 8, "seed": seed, "learning_rate": 3e-3},
+        }
+    )
+
+
+def same_weights(one: Learner, other: Learner) -> bool:
+    a, b = one.weights(), other.weights()
+    return (
+        all(np.array_equal(a.dense[name], b.dense[name]) for name in a.dense)
+        and np.array_equal(a.keys, b.keys)
+        and np.array_equal(a.rows, b.rows)
+        and a.item_names == b.item_names
+    )
+
+
+def test_a_killed_and_resumed_learner_equals_one_that_never_stopped(tmp_path: pathlib.Path) -> None:
+    batches = random_batches(0, 12)
+    steady, first = Learner(small_config()), Learner(small_config())
+    for batch in batches[:6]:
+        steady.step(batch)
+        first.step(batch)
+    first.save(tmp_path)
+    resumed = Learner(small_config(seed=0))
+    resumed.load(tmp_path)
+    for batch in batches[6:]:
+        said, again = steady.step(batch), resumed.step(batch)
+        assert np.array_equal(said.predictions.probabilities, again.predictions.probabilities)
+    assert same_weights(steady, resumed)
+    assert steady.metrics.figures() == pytest.approx(resumed.metrics.figures(), nan_ok=True)
+
+
+def test_an_event_is_predicted_before_it_is_learned_from() -> None:
+    """What is said of an event does not depend on what was done in it."""
+    learners = Learner(small_config()), Learner(small_config())
+    for batch in random_batches(1, 5):
+        for learner in learners:
+            learner.step(batch)
+    old, item = [(1, 3, 1000), (2, 1, 2000)], 7
+    said = [
+        learner.step(micro_batch([(1, old, [(item, bits, 3000)])])).predictions
+        for learner, bits in zip(learners, (1, 3), strict=True)
+    ]
+    assert np.array_equal(said[0].probabilities, said[1].probabilities)
+    assert not np.array_equal(said[0].labels, said[1].labels)
+    assert not same_weights(*learners), "and then it is learned from"
+
+
+def test_dropout_is_off_when_the_model_is_judged() -> None:
+    plain, dropping = Learner(small_config()), Learner(small_config(dropout=0.9))
+    batch = random_batches(2, 1)[0]
+    assert plain.step(batch).predictions.probabilities == pytest.approx(
+        dropping.step(batch).predictions.probabilities, abs=1e-6
+    )
+
+
+def test_learning_finds_what_items_are_liked() -> None:
+    learner = Learner(small_config(layers=1))
+    reports = [learner.step(batch) for batch in random_batches(3, 400)]
+    late = np.concatenate([r.predictions.probabilities[:, 1] for r in reports[-50:]])
+    labels = np.concatenate([r.predictions.labels[:, 1] for r in reports[-50:]])
+    assert late[labels].mean() > 0.8
+    assert late[~labels].mean() < 0.2
+
+
+def test_an_empty_batch_changes_no_embedding_and_does_not_fail() -> None:
+    learner = Learner(small_config())
+    learner.step(random_batches(4, 1)[0])
+    before = len(learner.vocabulary)
+    report = learner.step(MicroBatch.empty())
+    assert len(report.predictions) == 0
+    assert len(learner.vocabulary) == before
+
+
+def test_a_loss_that_is_no_number_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Learner(small_config())
+    batches = random_batches(5, 2)
+    learner.step(batches[0])
+    with torch.no_grad():
+        learner.model.start.fill_(torch.nan)
+    before = learner.weights()
+    with pytest.raises(NonFiniteLoss):
+        learner.step(micro_batch([(99, [], [(3, 3, 1)])]))
+    after = learner.weights()
+    held = len(before.keys)
+    assert np.array_equal(before.rows, after.rows[:held])
+    assert all(np.array_equal(before.dense[k], after.dense[k], equal_nan=True) for k in before.dense)
+
+
+def test_features_reach_the_prediction() -> None:
+    learner = Learner(small_config())
+    plain = micro_batch([(1, [], [(3, 3, 1)])], features=1)
+    told = dataclasses.replace(
+        plain, features=keys_of_ints(Namespace.FEATURE, np.array([[5]], np.int64).reshape(1, 1))
+    )
+    other = Learner(small_config())
+    one, two = learner.step(plain).predictions, other.step(told).predictions
+    assert not np.array_equal(one.probabilities, two.probabilities)
+    assert len(other.vocabulary) == 2
+
+
+def _train_rank(rank: int, port: int, directory: str) -> None:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    torch.set_num_threads(1)
+    learner = Learner(small_config(), Ranks(rank, 2))
+    for batch in random_batches(6, 8):
+        half = _halves(batch)[rank]
+        learner.step(half)
+    target = pathlib.Path(directory) / str(rank)
+    target.mkdir()
+    learner.save(target)
+    dist.destroy_process_group()
+
+
+def _halves(batch: MicroBatch) -> tuple[MicroBatch, MicroBatch]:
+    """The batch's sequences dealt out to two ranks; the second may be left without any."""
+    cut = (len(batch.users) + 1) // 2
+    events = int(batch.lengths[:cut].sum())
+    new = int((batch.roles[:events] != Role.CONTEXT).sum())
+    of_sequence, of_new = ("users", "lengths"), ("partitions", "offsets")
+    of_event = ("items", "actions", "times", "features", "roles")
+
+    def part(first: bool) -> MicroBatch:
+        changes = {}
+        for names, at in ((of_sequence, cut), (of_event, events), (of_new, new)):
+            for name in names:
+                array = getattr(batch, name)
+                changes[name] = array[:at] if first else array[at:]
+        return dataclasses.replace(batch, **changes)
+
+    return part(True), part(False)
+
+
+def test_two_ranks_learn_what_one_would_and_stay_equal(tmp_path: pathlib.Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_train_rank, (port, str(tmp_path)), nprocs=2)
+    ranks = []
+    for rank in (0, 1):
+        ranks.append(Learner(small_config()))
+        ranks[-1].load(tmp_path / str(rank))
+    assert same_weights(*ranks)
+    alone = Learner(small_config())
+    for batch in random_batches(6, 8):
+        alone.step(batch)
+    got, want = ranks[0].weights(), alone.weights()
+    order = np.argsort(got.keys), np.argsort(want.keys)
+    assert np.array_equal(got.keys[order[0]], want.keys[order[1]])
+    for name in want.dense:
+        assert got.dense[name] == pytest.approx(want.dense[name], abs=2e-3), name
