@@ -1,8 +1,9 @@
 """`HistoryTail`: follows partitions of the log into histories, for serving.
 
 It reads as the trainer's readers do and folds with the same `RollingHistories` (law 3), but writes nothing;
-dead letters are the trainer's to send. It begins at the log's start, reads on through a broker that goes away
-and comes back, and never passes over lost offsets in silence: they are logged and counted.
+dead letters are the trainer's to send. It begins at the newest snapshot that the readers left, else at the
+log's start, reads on through a broker that goes away and comes back, and never passes over lost offsets in
+silence: they are logged and counted.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from grstream.config import Config
 from grstream.events import EventDecoder
 from grstream.histories import History, RollingHistories
 from grstream.kafka import BrokerUnavailable, TopicMissing, consumer, partition_count, reaching
+from grstream.snapshot_files import SnapshotFiles
 
 logger = logging.getLogger(__name__)
 
@@ -141,21 +143,26 @@ class HistoryTail:
             log.assign([self._tp(p) for p in range(self._shard, count, self._shards)])
             begins = self._bounds(log.beginning_offsets, log)
             ends = self._bounds(log.end_offsets, log)
+            beginning = {p: self._begin(p, begins[p], ends[p]) for p in ends if p not in self._partitions}
             with self._lock:
                 self._count = count
-                for partition, end in ends.items():
-                    self._resume(partition, begins[partition], end)
+                for partition, held in self._partitions.items():
+                    self._resume(partition, held, begins[partition], ends[partition])
+                self._partitions.update(beginning)
                 self._connected, self._reason = True, None
             for partition, held in self._partitions.items():
                 log.seek(self._tp(partition), held.position)
             yield log
 
-    def _resume(self, partition: int, begin: int, end: int) -> None:
+    def _begin(self, partition: int, begin: int, end: int) -> _Partition:
+        """Histories from the newest snapshot that lies within the log, else from the log's start."""
+        found = SnapshotFiles(self._config, partition).restore(at_least=begin, at_most=end, track_new=False)
+        histories, position = found or (self._empty(partition), begin)
+        logger.info("partition %d: histories from %d", partition, position)
+        return _Partition(histories, position, end)
+
+    def _resume(self, partition: int, held: _Partition, begin: int, end: int) -> None:
         """Where to read on within the log as it is now."""
-        held = self._partitions.get(partition)
-        if held is None:
-            self._partitions[partition] = _Partition(self._empty(partition), begin, end)
-            return
         held.end = end
         if held.position > end:
             logger.error(

@@ -15,6 +15,7 @@ from grstream.events import ActionEvent, EventDecoder
 from grstream.histories import RollingHistories
 from grstream.kafka import create_topic, partition_of, producer
 from grstream.keys import Id, Namespace, key_of, partition_key
+from grstream.snapshot_files import SnapshotFiles
 from grstream.tail import HistoryTail, TailNotReady
 
 pytestmark = pytest.mark.kafka
@@ -142,6 +143,27 @@ def test_an_action_shows_in_a_history_without_waiting_for_others(kafka_bootstrap
         status = tail.status()
         assert (status.connected, status.positions, status.gaps, status.reason) == (True, {0: 1}, 0, None)
         eventually(lambda: tail.status().lag == 0)
+
+
+def test_a_tail_that_begins_at_a_snapshot_holds_what_one_from_the_start_of_the_log_holds(
+    kafka_bootstrap: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = config_for(kafka_bootstrap, window=8, chunk=3).model_copy(update={"storage": tmp_path})
+    create_topic(config.kafka, 1)
+    post(config, [event(i % 5, i, i) for i in range(60)])
+    before, [end] = folded(config, 1)[0], log_ends(config, 1).values()
+    SnapshotFiles(config, 0).write(before, end)
+    post(config, [event(i % 6, i, i) for i in range(60, 90)])
+    with tailing(config) as tail:
+        eventually(lambda: tail.status().caught_up)
+        truth = folded(config, 1)[0]
+        for user in range(6):
+            key = key_of(Namespace.USER, user)
+            held, _ = tail.history(key, 0)
+            np.testing.assert_array_equal(held.items, truth.history(key).items)
+            assert held.epoch == truth.history(key).epoch
+    assert "histories from 60" in caplog.text
 
 
 def test_bytes_that_are_no_event_are_counted_and_passed_over(kafka_bootstrap: str) -> None:

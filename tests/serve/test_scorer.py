@@ -1,0 +1,83 @@
+import asyncio
+import pathlib
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grstream.config import Config, parse
+from grstream.histories import History
+from grstream.scores import EngineNotReady
+from serve.errors import QueueFull
+from serve.scorer import Scorer
+
+NOTHING = np.empty(0, np.int64)
+HISTORY = History(NOTHING, np.empty(0, np.int32), NOTHING, np.empty((0, 0), np.int64), 0, 0)
+
+
+def config(storage: pathlib.Path, queue: int) -> Config:
+    return parse(
+        {
+            "storage": str(storage),
+            "events": {"actions": ["click"]},
+            "serve": {"queue": queue, "cache_bytes": 0},
+        }
+    )
+
+
+class Engine:
+    """Answers with the number of the request, when it is let."""
+
+    manifest = None
+
+    def __init__(self) -> None:
+        self.let = threading.Event()
+        self.asked: list[int] = []
+
+    def rank(self, history: History, items: Any, at_ms: int, **_: Any) -> Any:
+        self.asked.append(at_ms)
+        assert self.let.wait(10)
+        return at_ms
+
+
+def test_a_scorer_holds_so_many_requests_and_refuses_the_next_at_once(tmp_path: pathlib.Path) -> None:
+    async def scenario() -> None:
+        scorer, engine = Scorer(config(tmp_path, queue=3)), Engine()
+        scorer._engine = engine  # type: ignore[assignment]
+
+        def ask(number: int) -> asyncio.Task:
+            return asyncio.create_task(scorer.rank(1, HISTORY, NOTHING, NOTHING, number))
+
+        held = [ask(number) for number in range(3)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(QueueFull, match="3 requests"):
+            await ask(3)
+        held[1].cancel()
+        await asyncio.sleep(0)
+        held.append(ask(4))
+        await asyncio.sleep(0.05)
+        engine.let.set()
+        answers = await asyncio.gather(*held, return_exceptions=True)
+        assert [answers[i] for i in (0, 2, 3)] == [0, 2, 4]
+        assert isinstance(answers[1], asyncio.CancelledError)
+        assert engine.asked == [0, 2, 4], "nothing is computed for who no longer waits"
+        assert await ask(5) == 5
+
+    asyncio.run(scenario())
+
+
+def test_a_scorer_without_weights_says_so_and_one_whose_follower_died_is_unhealthy(
+    tmp_path: pathlib.Path,
+) -> None:
+    async def scenario() -> None:
+        scorer = Scorer(config(tmp_path, queue=3))
+        for call in (scorer.manifest(), scorer.rank(1, HISTORY, NOTHING, np.empty((0, 0), np.int64), 0)):
+            with pytest.raises(EngineNotReady):
+                await call
+        await scorer.check_health()
+        scorer._follower.stop()
+        with pytest.raises(RuntimeError, match="follows the weights"):
+            await scorer.check_health()
+
+    asyncio.run(scenario())
