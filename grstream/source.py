@@ -115,7 +115,11 @@ def actions(config: Config, position: Callable[[], Ledger] = Ledger, until: Unti
 
 
 class StreamSplit(ray.train.DataConfig):
-    """Gives each rank whatever block is next: `equal=True` would hold blocks back to even out rows."""
+    """Gives each rank whatever block is next.
+
+    Neither `equal=True` nor locality hints: the first would hold blocks back to even out rows, the second
+    holds the newest block back until another comes, in the hope of a better rank for it.
+    """
 
     def __init__(self, ahead_bytes: int) -> None:
         limits = ExecutionResources(object_store_memory=ahead_bytes)
@@ -133,7 +137,7 @@ class StreamSplit(ray.train.DataConfig):
         for name, dataset in datasets.items():
             dataset = Dataset.copy(dataset)
             dataset.context.execution_options = self._resolve_execution_options(name)
-            splits = dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
+            splits = dataset.streaming_split(world_size, equal=False)
             for shard, split in zip(shards, splits, strict=True):
                 shard[name] = split
         return shards

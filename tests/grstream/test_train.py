@@ -260,6 +260,30 @@ class TestJob:
         assert all(found.count(d) for d in Disposition if d != Disposition.CONTROL)
         assert final.version == max(WeightStore(config.storage / "weights").numbers())
 
+    def test_a_lone_event_is_learned_from_at_once_and_a_stop_saves_it(
+        self, cluster: None, job: Stream
+    ) -> None:
+        config = job.config.model_copy(
+            update={
+                "train": job.config.train.model_copy(update={"workers": 1, "checkpoint_every_s": 1000}),
+                "source": job.config.source.model_copy(update={"recycle_s": 1000}),
+            }
+        )
+        stop = threading.Event()
+
+        def show(progress: Progress) -> None:
+            if sum(progress.settled.values()) == job.sent - 1:
+                job.send(1)  # its block must not wait for the next one
+            elif sum(progress.settled.values()) == job.sent:
+                stop.set()
+
+        job.send(1)
+        threading.Timer(90, stop.set).start()
+        final = train(config, None, stop, show)
+        assert final is not None
+        assert sum(final.settled.values()) == job.sent
+        assert audit(config).passed
+
     def test_a_lasting_error_of_a_reader_ends_the_job_as_itself(self, cluster: None, job: Stream) -> None:
         config = make_config(job.config.storage, job.config.kafka.bootstrap_servers[0], train={"workers": 1})
         create_topic(config.kafka, 3)
