@@ -127,6 +127,7 @@ class TrainConfig(Section):
     keep_checkpoints: int = pydantic.Field(3, ge=1)
     max_restarts: int = pydantic.Field(-1, ge=-1, description="of the worker group; -1: no limit")
     keep_versions: int = pydantic.Field(5, ge=2)
+    recent_events: int = pydantic.Field(20_000, ge=1, description="events that the recent figures are over")
     seed: int = 0
 
 
@@ -182,6 +183,7 @@ class SyntheticConfig(Section):
     drift: float = pydantic.Field(0.005, ge=0, le=1, description="chance per event that an interest changes")
     births: float = pydantic.Field(0.01, ge=0, description="new items per event")
     events_per_s: float = pydantic.Field(100, gt=0, description="of the world's own time")
+    category: Name | None = pydantic.Field(None, description="the item feature that tells an item's cluster")
     seed: int = 0
 
 
@@ -225,6 +227,11 @@ class Config(Section):
             unknown = sorted(set(named) - set(configured))
             if unknown:
                 raise ValueError(f"replay.{field} names {', '.join(unknown)}, which events.{field} does not")
+        category = self.replay.synthetic.category
+        if category is not None and category not in self.events.item_features:
+            raise ValueError(
+                f"replay.synthetic.category names {category}, which events.item_features does not"
+            )
         return self
 
 

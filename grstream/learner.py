@@ -53,7 +53,7 @@ class Learner:
         self.ranks = ranks or Ranks()
         self.model = HSTU(config.model, actions=len(config.events.actions))
         self.vocabulary = Vocabulary(config.model.dim, config.train.seed)
-        self.metrics = StreamMetrics(config.events.actions)
+        self.metrics = StreamMetrics(config.events.actions, config.train.recent_events)
         self.steps = 0
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay

@@ -5,7 +5,8 @@ is exchanged for another. A user is shown an item, mostly of a cluster of intere
 follows mostly from interest, and a like from a click and from the item's own quality. So what a user did
 tells what the user will do, more so the newer it is, and what an item is like shows in who acts upon it.
 
-New items come all the while. Item i belongs to cluster i modulo the number of clusters.
+New items come all the while. Item i belongs to cluster i modulo the number of clusters; with `category` an
+event says so, as a feature of its item.
 """
 
 from collections.abc import Iterator
@@ -85,7 +86,10 @@ class SyntheticStream:
             strict=True,
         ):
             actions = [name for name, taken in ((CLICK, click), (LIKE, like)) if taken]
-            yield ActionEvent(user_id=user, item_id=item, actions=actions, timestamp_ms=time)
+            features = {config.category: self.cluster_of(item)} if config.category else {}
+            yield ActionEvent(
+                user_id=user, item_id=item, actions=actions, timestamp_ms=time, item_features=features
+            )
 
     def _shown(self, users: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """An item for each of the users (B,)."""

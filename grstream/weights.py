@@ -203,6 +203,19 @@ class WeightStore:
 
     def load(self, number: int) -> WeightsVersion:
         """Read and verify a version. Raises VersionMissing, or CorruptWeights naming the file."""
+        manifest = self.manifest(number)
+        if manifest.files.keys() != {DENSE, ROWS, NAMES}:
+            raise CorruptWeights(number, MANIFEST, f"lists the files {sorted(manifest.files)}")
+        data = {name: self._verified(number, name, record) for name, record in manifest.files.items()}
+        try:
+            return WeightsVersion(manifest, _weights(data))
+        except (safetensors.SafetensorError, ValueError, TypeError) as error:
+            raise CorruptWeights(
+                number, "its arrays", f"cannot be read as what they should be: {error}"
+            ) from error
+
+    def manifest(self, number: int) -> Manifest:
+        """Read and verify what a version says of itself. Raises as `load` does."""
         text = self._read(number, MANIFEST)
         if self._read(number, MANIFEST_DIGEST) != _digest_line(text):
             raise CorruptWeights(number, MANIFEST, f"does not match {MANIFEST_DIGEST}")
@@ -213,15 +226,7 @@ class WeightStore:
         if manifest.format != FORMAT or manifest.number != number:
             problem = f"says format {manifest.format}, number {manifest.number}; expected {FORMAT}, {number}"
             raise CorruptWeights(number, MANIFEST, problem)
-        if manifest.files.keys() != {DENSE, ROWS, NAMES}:
-            raise CorruptWeights(number, MANIFEST, f"lists the files {sorted(manifest.files)}")
-        data = {name: self._verified(number, name, record) for name, record in manifest.files.items()}
-        try:
-            return WeightsVersion(manifest, _weights(data))
-        except (safetensors.SafetensorError, ValueError, TypeError) as error:
-            raise CorruptWeights(
-                number, "its arrays", f"cannot be read as what they should be: {error}"
-            ) from error
+        return manifest
 
     def newer_than(self, number: int) -> WeightsVersion | None:
         """The newest good version above `number`, or None. A corrupt one is logged and passed over."""

@@ -210,6 +210,16 @@ def test_the_synthetic_stream_is_the_same_for_the_same_seed_however_much_is_read
     assert all(a.timestamp_ms <= b.timestamp_ms for a, b in itertools.pairwise(whole))
 
 
+def test_a_synthetic_event_tells_its_items_cluster_as_the_feature_that_the_config_names() -> None:
+    told = SyntheticStream(SyntheticConfig(category="genre"))
+    untold = SyntheticStream(SyntheticConfig())
+    for event, same in zip(itertools.islice(told, 300), untold, strict=False):
+        assert event.item_features == {"genre": told.cluster_of(event.item_id)}
+        assert event.model_copy(update={"item_features": {}}) == same
+    with pytest.raises(ConfigError, match=r"synthetic\.category names genre"):
+        parse({"storage": "s", "events": {"actions": ["a"]}, "replay": {"synthetic": {"category": "genre"}}})
+
+
 def test_in_the_synthetic_stream_new_items_come_and_recent_clicks_foretell_clicks() -> None:
     settings = SyntheticConfig(users=100, items=200, clusters=10, births=0.02)
     stream = SyntheticStream(settings)
