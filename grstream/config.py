@@ -122,6 +122,7 @@ class TrainConfig(Section):
     weight_decay: float = pydantic.Field(0.0, ge=0)
     retrieval_weight: float = pydantic.Field(0.02, ge=0, description="retrieval loss beside the ranking loss")
     negatives: int = pydantic.Field(256, ge=1, description="uniform negatives a step beside in-batch ones")
+    log_predictions: bool = pydantic.Field(False, description="keep every prediction, for evaluation")
     publish_every_s: float = pydantic.Field(5, gt=0)
     checkpoint_every_s: float = pydantic.Field(60, gt=0)
     keep_checkpoints: int = pydantic.Field(3, ge=1)

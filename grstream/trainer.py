@@ -22,6 +22,7 @@ from grstream.journal import Journal, Mark, new_run
 from grstream.learner import Learner, StepReport
 from grstream.ledger import Disposition, Ledger, OffsetRange
 from grstream.microbatch import MicroBatch
+from grstream.predictions import PredictionLog
 from grstream.ranks import Ranks
 from grstream.source import ReadersNotStarted, Until
 from grstream.weights import Manifest, Recipe, WeightStore
@@ -104,6 +105,7 @@ class Trainer:
         self._checkpoint_number, self._version = 0, max(self._weights.numbers(), default=0)
         resumed = self._resume()
         self._journal = self._open_journal(resumed)
+        self._predictions = self._open_predictions()
         self._stopping = False
         self._saved_settled = self._settled()
         self._published_step = -1
@@ -188,6 +190,8 @@ class Trainer:
             self._ledger.add(r)
         self._events += events
         self._newest_event_ms = max(self._newest_event_ms, *(vote.newest_event_ms for vote in votes))
+        if self._predictions and report:
+            self._predictions.append(report.predictions)
         if self._journal:
             figures = {}
             if report:
@@ -230,6 +234,11 @@ class Trainer:
     def _open_journal(self, resumed: Mark | None) -> Journal | None:
         return Journal(self._config.storage / "metrics", new_run(), resumed) if self._leads else None
 
+    def _open_predictions(self) -> PredictionLog | None:
+        if not (self._journal and self._config.train.log_predictions):
+            return None
+        return PredictionLog(self._config.storage / "predictions", self._journal.mark.run)
+
     def _settled(self) -> dict[str, int]:
         return {d.name.lower(): self._ledger.count(d) for d in Disposition}
 
@@ -239,6 +248,8 @@ class Trainer:
         settled = self._settled()
         if settled == self._saved_settled:
             return
+        if self._predictions:
+            self._predictions.flush()
         if self._journal:
             self._journal.sync()
             record = Record(

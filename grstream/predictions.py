@@ -1,0 +1,75 @@
+"""The log of predictions: what was said of each event before it was learned from, as Parquet.
+
+A trainer writes it where `train.log_predictions` is set, for evaluation after the fact. A trainer that is
+killed goes back to its checkpoint and predicts some events again; `read` keeps what was said last.
+"""
+
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grstream.metrics import Predictions
+
+PART_EVENTS = 50_000  # events gathered before a part is written
+
+
+class PredictionLog:
+    """Writes one run's parts `<run>-<part>.parquet`; run names sort by time."""
+
+    def __init__(self, directory: pathlib.Path, run: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._run = run
+        self._parts = 0
+        self._held: list[Predictions] = []
+
+    def append(self, predictions: Predictions) -> None:
+        self._held.append(predictions)
+        if sum(map(len, self._held)) >= PART_EVENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if not any(map(len, self._held)):
+            return
+        path = self._directory / f"{self._run}-{self._parts:06d}.parquet"
+        pq.write_table(_to_table(Predictions.concat(self._held)), path)
+        self._parts += 1
+        self._held.clear()
+
+
+def read(directory: pathlib.Path) -> Predictions:
+    """All predictions in the order in which they were made, each event's last one. FileNotFoundError."""
+    parts = sorted(directory.glob("*.parquet"))
+    if not parts:
+        raise FileNotFoundError(f"no predictions in {directory}: train with train.log_predictions: true")
+    everything = Predictions.concat([_from_table(pq.read_table(part)) for part in parts])
+    backwards = np.stack([everything.partitions, everything.offsets], axis=1)[::-1]
+    _, first = np.unique(backwards, axis=0, return_index=True)
+    last = np.zeros(len(everything), bool)
+    last[len(everything) - 1 - first] = True
+    return everything.where(last)
+
+
+_PLAIN = ("users", "items", "times", "partitions", "offsets", "late", "ranks")
+_PER_ACTION = ("labels", "probabilities")
+
+
+def _to_table(predictions: Predictions) -> pa.Table:
+    columns = {name: pa.array(getattr(predictions, name)) for name in _PLAIN}
+    for name in _PER_ACTION:
+        matrix = getattr(predictions, name)
+        columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+    return pa.table(columns)
+
+
+def _from_table(table: pa.Table) -> Predictions:
+    table = table.combine_chunks()
+    columns = {name: table[name].to_numpy() for name in _PLAIN}
+    for name in _PER_ACTION:
+        lists = table[name].combine_chunks()
+        flat = lists.flatten().to_numpy(zero_copy_only=False)
+        columns[name] = flat.reshape(len(table), lists.type.list_size)
+    return Predictions(**columns)
