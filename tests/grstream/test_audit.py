@@ -19,7 +19,7 @@ TRAINED = Disposition.TRAINED
 
 @pytest.fixture
 def config(tmp_path: pathlib.Path, kafka_bootstrap: str) -> configs.Config:
-    """A topic of ten plain events."""
+    """A topic of ten records."""
     config = make_config(tmp_path, kafka_bootstrap)
     create_topic(config.kafka, 1)
     stream = Stream(config)
