@@ -25,6 +25,7 @@ from grstream.microbatch import MicroBatch
 from grstream.predictions import PredictionLog
 from grstream.ranks import Ranks
 from grstream.source import ReadersNotStarted, Until
+from grstream.strays import StrayUsers
 from grstream.weights import Manifest, Recipe, WeightStore
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Trainer:
         self._ledger = Ledger()
         self._events = 0
         self._newest_event_ms = 0
+        self._strays = StrayUsers()
         self._store = CheckpointStore(config.storage / "checkpoints")
         self._weights = WeightStore(config.storage / "weights")
         self._publishing: concurrent.futures.Future[Manifest] | None = None
@@ -181,6 +183,8 @@ class Trainer:
         ranges = [r for vote in votes for r in vote.ranges]
         if not ranges:
             return
+        if batch is not None:
+            self._strays.look(batch)
         events = sum(vote.events for vote in votes)
         report: StepReport | None = None
         if events:
@@ -309,6 +313,7 @@ class Trainer:
             settled=self._settled(),
             positions=positions,
             newest_event_ms=self._newest_event_ms,
+            strays=len(self._strays),
             figures={k: float(v) for k, v in self._learner.metrics.figures().items() if math.isfinite(v)},
             version=self._version,
             checkpoint=self._checkpoint_number,

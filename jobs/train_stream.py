@@ -54,6 +54,7 @@ class Lines:
             f"step {now.step}",
             f"version {now.version}",
             f"checkpoint {now.checkpoint}",
+            *([f"WARNING: {now.strays} users in several partitions"] if now.strays else []),
         ]
         print("  ".join(parts), flush=True)
 

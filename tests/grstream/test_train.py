@@ -23,6 +23,7 @@ from grstream.microbatch import MicroBatch
 from grstream.ranks import Ranks
 from grstream.reader import LogTruncated
 from grstream.source import ReadersNotStarted
+from grstream.strays import StrayUsers
 from grstream.train import NotEnoughCpus, train
 from grstream.trainer import Trainer
 from grstream.until import Until
@@ -210,6 +211,20 @@ def test_readers_that_do_not_start_fail_the_run(
     trainer = Trainer(config, Ranks(), QuietBoard(), None)
     with pytest.raises(ReadersNotStarted, match="1 of 3 readers started"):
         trainer.run(Endless([GREETING]))
+
+
+def test_a_user_in_two_partitions_is_noticed_once_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    strays = StrayUsers()
+    stream = random_batches(0, 60, users=200)
+    for batch in stream:
+        strays.look(batch)
+    assert len(strays) == 0
+    for batch in stream:
+        strays.look(dataclasses.replace(batch, partitions=batch.partitions + 1))
+    seen = {int(u) for b in stream for u in b.users if u % 16 == 0}
+    assert len(strays) == len(seen) > 0
+    assert "more than one partition" in caplog.text
+    assert len(caplog.records) <= len(seen).bit_length()
 
 
 # -- the job ------------------------------------------------------------------------------------------------
