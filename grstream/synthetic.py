@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from grstream.config import SyntheticConfig
 from grstream.events import ActionEvent
+from grstream.keys import Id
 
 CLICK, LIKE = "click", "like"
 INTERESTS = 2  # clusters that interest a user at a time
@@ -86,7 +87,7 @@ class SyntheticStream:
             strict=True,
         ):
             actions = [name for name, taken in ((CLICK, click), (LIKE, like)) if taken]
-            features = {config.category: self.cluster_of(item)} if config.category else {}
+            features: dict[str, Id] = {config.category: self.cluster_of(item)} if config.category else {}
             yield ActionEvent(
                 user_id=user, item_id=item, actions=actions, timestamp_ms=time, item_features=features
             )
