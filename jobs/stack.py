@@ -39,7 +39,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PARTS = ("broker", "ray", "stream", "trainer", "server")
 MARK = ".grstream"  # in a directory that a stack made, and so may make anew
 START_S = 120.0  # for any part, on a machine that is busy
-GRACE_S = {"trainer": 20.0, "ray": 15.0}  # the trainer saves a checkpoint and a version
+# The trainer saves a checkpoint and a version. Ray, whose raylet would wait 15 s for idle workers, holds
+# nothing by then that is worth it.
+GRACE_S = {"trainer": 20.0, "ray": 3.0}
 # Logical CPUs: trainer 1, reader 0.5, and the server's 0.6. Ray starts as many idle workers, so no more.
 CPUS = 4
 OBJECT_STORE_BYTES = 512 << 20
@@ -61,20 +63,21 @@ class LocalStack:
     """`with LocalStack(settings, home, stream) as stack: stack.start()`.
 
     `settings` is a configuration as loaded from YAML; storage, addresses and port are set here. `stream` are
-    further arguments of `jobs/replay.py`, or None for no stream. `port` is wished for and taken if free.
+    further arguments of `jobs/replay.py`; without them nothing is sent before `stream` is called. `port` is wished for and taken if free.
     """
 
     def __init__(
         self,
         settings: Mapping[str, Any],
         home: pathlib.Path,
-        stream: Sequence[str] | None,
+        stream: Sequence[str] | None = None,
         partitions: int = 2,
         port: int = 0,
     ) -> None:
         self.home = home.absolute()
         self.stages = dict.fromkeys(PARTS, Stage("waiting"))
-        self._settings, self._stream, self._partitions, self._port = settings, stream, partitions, port
+        self.partitions = partitions
+        self._settings, self._stream, self._port = settings, stream, port
         self._children: dict[str, Child] = {}
         self._stopping = threading.Event()
         self._ray_home: pathlib.Path | None = None
@@ -106,14 +109,25 @@ class LocalStack:
 
         Raises ChildDied, TimeoutError, and Stopped after `interrupt` or `stop`.
         """
-        with concurrent.futures.ThreadPoolExecutor(4, "start") as pool:
-            ray = pool.submit(self._start_ray)
-            self._start_broker()
-            waiting = [pool.submit(self._start_stream)] if self._stream is not None else []
-            ray.result()
-            waiting += [pool.submit(self._start_server), pool.submit(self._start_trainer)]
-            for part in concurrent.futures.as_completed(waiting):
-                part.result()
+        with concurrent.futures.ThreadPoolExecutor(3, "start") as pool:
+            try:
+                ray = pool.submit(self._start_ray)
+                self._start_broker()
+                if self._stream is not None:
+                    self.stream(self._stream)
+                ray.result()
+                waiting = [pool.submit(self._start_server), pool.submit(self._start_trainer)]
+                for part in concurrent.futures.as_completed(waiting):
+                    part.result()
+            except BaseException:
+                self.interrupt()  # or the pool would wait for what is still starting
+                raise
+
+    def stream(self, arguments: Sequence[str]) -> None:
+        """Let `jobs/replay.py` with these arguments send events."""
+        with self._stage("stream"):
+            command = [sys.executable, "-m", "jobs.replay", "--config", str(self.config_path)]
+            self._run("stream", [*command, *arguments])
 
     def check(self) -> None:
         """Raises ChildDied if a part has ended, but for a stream that came to its end."""
@@ -129,12 +143,7 @@ class LocalStack:
             child = self._run("broker", command)
             child.wait_for(lambda: _said(child, r"^ready (\S+)"), START_S, self._stopping)
             self._configure(_said(child, r"^ready (\S+)"))
-            create_topic(self.config.kafka, self._partitions)
-
-    def _start_stream(self) -> None:
-        with self._stage("stream"):
-            command = ["-m", "jobs.replay", "--config", str(self.config_path), *(self._stream or [])]
-            self._run("stream", [sys.executable, *command])
+            create_topic(self.config.kafka, self.partitions)
 
     def _start_ray(self) -> None:
         with self._stage("ray"):

@@ -32,7 +32,6 @@ from jobs.observer import Observer
 from jobs.stack import ROOT, DirectoryInUse, LocalStack
 
 FRAME_S = 0.25
-PARTITIONS = 2
 PORT = 8000  # if it is free
 PLAIN_WIDTH = 110
 
@@ -94,7 +93,7 @@ class Demo:
         self._stack.start()
         config = self._stack.config
         observer = Observer(config)
-        self._lag = Lag(config.kafka, PARTITIONS)
+        self._lag = Lag(config.kafka, self._stack.partitions)
         self._model = self._stack.client()
         client = self._stack.client()
         self._view.observer = observer
@@ -129,7 +128,7 @@ def main() -> int:
     stop = threading.Event()
     try:
         source = of_file(options.data, options.config) if options.data else of_synthetic(options.config)
-        with LocalStack(source.settings, options.home, source.stream, PARTITIONS, PORT) as stack:
+        with LocalStack(source.settings, options.home, source.stream, port=PORT) as stack:
             _stop_on_signals(stop, stack)
             console.print(f"this run is in {stack.home}, which was emptied first", soft_wrap=True)
             demo = Demo(stack, source, console, stop, options.limit_s)
