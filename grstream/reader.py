@@ -98,9 +98,9 @@ class PartitionReader:
         self._stops = np.array([stop for _, stop in consumed], np.int64)
 
     @property
-    def replaying(self) -> bool:
-        """Whether all that comes next was consumed before."""
-        return len(self._stops) > 0 and self.position < int(self._stops[0])
+    def to_replay(self) -> int:
+        """How many offsets come next that were all consumed before."""
+        return max(0, int(self._stops[0]) - self.position) if len(self._stops) else 0
 
     def take(self, records: Sequence[ConsumerRecord]) -> list[Letter]:
         """Fold in records from the position on; returns the dead letters among them, to be delivered."""
@@ -258,10 +258,10 @@ class LogReader:
         if self._pending_since is not None:
             wait_s = max(0.0, self._pending_since + wait_s - time.monotonic())
         room = self._config.source.flush_events - self._new_events()
-        replaying = all(reader.replaying for reader in self._partitions.values())
+        replay = min(reader.to_replay for reader in self._partitions.values())
         try:
             fetched = log.poll(
-                timeout_ms=int(wait_s * 1000), max_records=REPLAY_RECORDS if replaying else room
+                timeout_ms=int(wait_s * 1000), max_records=max(room, min(replay, REPLAY_RECORDS))
             )
         except kafka.errors.OffsetOutOfRangeError as error:
             raise self._out_of_range(log) from error

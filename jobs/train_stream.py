@@ -43,7 +43,8 @@ class Lines:
         before, self._before = self._before, now
         rate = 0.0
         if before and now.at_ms > before.at_ms:
-            rate = (now.events - before.events) * 1000 / (now.at_ms - before.at_ms)
+            # Fewer than before: a run that resumed from a checkpoint.
+            rate = max(0, now.events - before.events) * 1000 / (now.at_ms - before.at_ms)
         lag = self._lag.of(now.positions)
         parts = [
             time.strftime("%H:%M:%S"),

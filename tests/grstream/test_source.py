@@ -139,14 +139,15 @@ def test_each_offset_is_settled_once_however_the_log_is_cut_and_whatever_was_con
     assert {o: r.disposition for r in both for o in range(r.start, r.stop)} == ends
 
 
+@hypothesis.settings(max_examples=50)
 @hypothesis.given(logs(), st.sets(st.integers(0, 39)), st.sets(st.integers(0, 39)), st.integers(0, 170))
 def test_an_event_stands_behind_the_same_history_however_the_log_is_cut_and_wherever_reading_resumed(
     records: list[Record], cuts: set[int], packs: set[int], watermark: int
 ) -> None:
-    # Packed after each record, no event can come to stand in front of one that was packed before it.
-    whole = behind(fold(records, [], set(range(40)), set(range(40))))
-    resumed = behind(fold(records, [(0, watermark)] if watermark else [], set(range(40)), set(range(40))))
-    assert resumed == {key: items for key, items in whole.items() if key[1] >= watermark}
+    one_by_one = behind(fold(records, [], set(range(40)), set(range(40))))
+    assert behind(fold(records, [], cuts, packs)) == one_by_one
+    resumed = behind(fold(records, [(0, watermark)] if watermark else [], cuts, packs))
+    assert resumed == {key: items for key, items in one_by_one.items() if key[1] >= watermark}
 
 
 # -- the log ----------------------------------------------------------------------------------------------
@@ -206,6 +207,16 @@ def test_a_micro_batch_is_flushed_at_its_size(config: configs.Config) -> None:
     create_topic(config.kafka, 1)
     send(config, events(100))
     assert [batch.new_events for batch in read(config)] == [32, 32, 32, 4]
+
+
+def test_a_micro_batch_keeps_its_size_where_a_replay_ends(config: configs.Config) -> None:
+    config = config.model_copy(
+        update={"source": config.source.model_copy(update={"flush_events": 8, "flush_ms": 60_000})}
+    )
+    create_topic(config.kafka, 1)
+    send(config, events(100))
+    batches = read(config, Ledger([OffsetRange(0, 0, 60, Disposition.TRAINED)]))
+    assert [batch.new_events for batch in batches] == [8] * 5
 
 
 def test_a_lone_event_waits_no_longer_than_it_must(config: configs.Config) -> None:
