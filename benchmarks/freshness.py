@@ -260,7 +260,7 @@ def summary(probes: list[Probe], ways: list[Learned]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--quick", action="store_true", help="120 probes after 10,000 events, not 600, 50,000"
+        "--quick", action="store_true", help="120 probes after 10,000 events, not 600 after 50,000"
     )
     parser.add_argument("--config", type=pathlib.Path, default=ROOT / "configs" / "reference.yaml")
     options = parser.parse_args()

@@ -63,7 +63,8 @@ class LocalStack:
     """`with LocalStack(settings, home, stream) as stack: stack.start()`.
 
     `settings` is a configuration as loaded from YAML; storage, addresses and port are set here. `stream` are
-    further arguments of `jobs/replay.py`; without them nothing is sent before `stream` is called. `port` is wished for and taken if free.
+    further arguments of `jobs/replay.py`; without them nothing is sent before `stream` is called. `port` is
+    wished for, and taken if it is free.
     """
 
     def __init__(

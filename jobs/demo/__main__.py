@@ -100,7 +100,8 @@ class Demo:
         self._view.proof = Proof(
             client,
             observer,
-            lambda action: self._source.scene(config, client, action),
+            self._source.action,
+            lambda: self._source.scene(config, client),
             lambda: self._view.lag,
             self._limit_s - self._view.seconds,
             self._stop,
@@ -144,7 +145,7 @@ def main() -> int:
                 console.print(f"[bold red]failed[/]: {type(error).__name__}:", error, highlight=False)
                 return 1
             finally:
-                console.print("stopping: the trainer saves a checkpoint and a version first")
+                console.print("stopping what was started; another Ctrl-C kills it")
                 demo.close()
     except (ConfigError, DatasetError, DirectoryInUse) as error:
         print(f"demo: {error}", file=sys.stderr)

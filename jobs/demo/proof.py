@@ -11,12 +11,13 @@ from typing import Any
 
 from grstream.keys import Id
 from jobs.client import Client, Refused
-from jobs.demo.scene import NEW_ITEM, NoScene, Scene, scores_of
+from jobs.demo.scene import NEW_ITEM, NoScene, Scene, history_path, scores_of
 from jobs.observer import Learned, Observer
 
 POLL_S = 0.02
 VERSIONS = 3  # that must have gone live, one after another
 NEAR = 500  # events behind the log's end that count as caught up
+BASE_RATE = 1.0
 BELOW = 0.98  # normalized entropy that counts as below the base rate's 1: over 2,000 events 1 is ± .01
 
 SERVED = "a version of the weights serves"
@@ -74,7 +75,8 @@ class Proof:
         self,
         client: Client,
         observer: Observer,
-        make_scene: Callable[[str], Scene],  # of the action to be looked at
+        action: str,  # whose prediction is looked at
+        make_scene: Callable[[], Scene],
         lag: Callable[[], int | None],  # how many events the trainer is behind the log's end
         limit_s: float,
         stop: threading.Event,
@@ -83,7 +85,7 @@ class Proof:
         self.moved: Moved | None = None
         self.calls: list[Call] = []
         self._client, self._observer, self._make_scene, self._stop = client, observer, make_scene, stop
-        self._lag = lag
+        self._action, self._lag = action, lag
         self._began = time.monotonic()
         self._deadline = self._began + limit_s
         self._step = STEPS[0]
@@ -113,8 +115,7 @@ class Proof:
         self._seen = f"version {ready['version']}" if ready else self._seen
 
     def _learns(self) -> None:
-        self._until(lambda: min(self._entropies().values(), default=1.0) < BELOW)
-        self._seen = ", ".join(f"{name} {value:.3f}" for name, value in self._entropies().items())
+        self._until(lambda: self._entropy() < BELOW)
 
     def _swaps(self) -> None:
         self._until(lambda: len(self._observer.live) >= VERSIONS)
@@ -129,46 +130,66 @@ class Proof:
         self._until(near)
 
     def _visible(self) -> None:
-        entropies = self._entropies()
-        action = min(entropies, key=lambda name: entropies[name])
-        scene = self._until(lambda: self._scene(action))
-        if scene is None:
+        posted = None
+        while posted is None and not self._stop.is_set():
+            posted = self._post()
+        if posted is None:
             return
-        before = self._rank(scene, action)
+        if posted.after.scores == posted.before.scores:
+            user = posted.scene.user
+            raise ProofFailed(f"{VISIBLE}: the history has the actions, but no score of user {user} moved")
+        self._seen = f"after {posted.visible_ms:.0f} ms"
+        self._posted = posted
+
+    def _post(self) -> "_Posted | None":
+        """Rank, post, rank; None where a new version came in between, which would move scores too."""
+        scene = self._until(self._scene)
+        if scene is None or not self._fresh_version():
+            return None
+        before = self._until(lambda: self._try(lambda: self._rank(scene)))
         posted_ms, began = time.time_ns() // 1_000_000, time.monotonic()
-        placed = self._client.post("/v1/actions", {"events": scene.events})["results"]
-        last = placed[-1]
-        after = self._until(lambda: self._rank(scene, action, past=last["offset"]))
+        last = self._client.post("/v1/actions", {"events": scene.events})["results"][-1]
+        after = self._until(lambda: self._try(lambda: self._rank(scene, past=last["offset"])))
         visible_ms = (time.monotonic() - began) * 1000
-        if after is None:
-            return
-        if after.scores == before.scores:
-            raise ProofFailed(
-                f"{VISIBLE}: the actions are in the history, but no score of {scene.user} moved"
-            )
-        self._seen = f"after {visible_ms:.0f} ms"
-        self._posted = (scene, action, before, after, visible_ms, posted_ms, last)
+        if before is None or after is None or before.version != after.version:
+            self._seen = "a new version went live in between"
+            return None
+        return _Posted(scene, before, after, posted_ms, visible_ms, last["partition"], last["offset"])
+
+    def _fresh_version(self) -> bool:
+        """Wait until a version goes live, so that there is time until the next; whether one did."""
+        held = max(self._observer.live, default=0)
+        return bool(self._until(lambda: max(self._observer.live, default=0) > held))
 
     def _learned(self) -> None:
-        scene, action, before, after, visible_ms, posted_ms, last = self._posted
-        partition, offset = last["partition"], last["offset"]
-        way = self._until(lambda: self._through(scene, action, partition, offset))
+        posted = self._posted
+        scene = posted.scene
+        way = self._until(lambda: self._try(lambda: self._through(posted)))
         if way is None:
             return
-        learned = self._rank(scene, action)
+        learned = self._rank(scene)
         if not learned.new_item_known:
             raise ProofFailed(f"{LEARNED}: version {learned.version} covers the actions, not their new item")
-        self.moved = Moved(scene, action, before, after, learned, visible_ms, posted_ms, way)
-        self._seen = f"version {way.version} after {(way.live_ms - posted_ms) / 1000:.1f} s"
+        self.moved = Moved(
+            scene=scene,
+            action=self._action,
+            before=posted.before,
+            after=posted.after,
+            learned=learned,
+            visible_ms=posted.visible_ms,
+            posted_ms=posted.posted_ms,
+            way=way,
+        )
+        self._seen = f"version {way.version} after {(way.live_ms - posted.posted_ms) / 1000:.1f} s"
 
     def _endpoints(self) -> None:
         assert self.moved is not None
         scene = self.moved.scene
         asked: list[tuple[str, str, dict[str, Any] | None]] = [
-            ("POST", "/v1/rank", {"user_id": scene.user, "candidates": scene.candidates[:3]}),
+            ("POST", "/v1/rank", {"user_id": scene.user, "candidates": scene.candidates[:2]}),
             ("POST", "/v1/retrieve", {"user_id": scene.user, "k": 5, "exclude_history": True}),
             ("POST", "/v1/actions", {"events": [{**scene.events[0], "timestamp_ms": scene.at_ms}]}),
-            ("GET", f"/v1/users/{scene.user}/history", None),
+            ("GET", history_path(scene.user), None),
             *(("GET", path, None) for path in ("/v1/model", "/readyz", "/healthz", "/openapi.json", "/docs")),
         ]
         for method, path, body in asked:
@@ -202,22 +223,23 @@ class Proof:
             self._seen = str(error)
             return None
 
-    def _entropies(self) -> dict[str, float]:
-        """The newest normalized entropies by action."""
+    def _entropy(self) -> float:
+        """The newest normalized entropy; that of the base rate while there is none."""
         samples = self._observer.samples
-        figures = samples[-1].figures if samples else {}
-        found = {name[3:]: value for name, value in figures.items() if name.startswith("ne/")}
-        self._seen = ", ".join(f"{name} {value:.3f}" for name, value in found.items()) or self._seen
-        return found
+        entropy = samples[-1].figures.get(f"ne/{self._action}") if samples else None
+        if entropy is None:
+            return BASE_RATE
+        self._seen = f"{self._action} {entropy:.3f} of 1.000"
+        return entropy
 
-    def _scene(self, action: str) -> Scene | None:
+    def _scene(self) -> Scene | None:
         try:
-            return self._make_scene(action)
+            return self._make_scene()
         except NoScene as error:
             self._seen = str(error)
             return None
 
-    def _rank(self, scene: Scene, action: str, past: int | None = None) -> Any:
+    def _rank(self, scene: Scene, past: int | None = None) -> Any:
         """The scene's ranking; None if it was to include the log past an offset and does not yet."""
         candidates = [*scene.candidates, {**scene.candidates[0], "item_id": NEW_ITEM}]
         body = {"user_id": scene.user, "candidates": candidates, "at_ms": scene.at_ms}
@@ -225,15 +247,26 @@ class Proof:
         self._observer.answered(answer["version"], time.time_ns() // 1_000_000)
         if past is not None and answer["position"]["offset"] <= past:
             return None
-        scores = scores_of(answer, action)
+        scores = scores_of(answer, self._action)
         del scores[NEW_ITEM]
         known = answer["results"][-1]["known"]
         return Ranking(answer["version"], answer["history_length"], scores, known)
 
-    def _through(self, scene: Scene, action: str, partition: int, offset: int) -> Learned | None:
+    def _through(self, posted: "_Posted") -> Learned | None:
         self._observer.refresh()
-        first = self._observer.covering(partition, offset)
+        first = self._observer.covering(posted.partition, posted.offset)
         self._seen = f"version {first} covers it, not yet live" if first else "no version covers it yet"
         if first is not None:
-            self._rank(scene, action)  # which tells the observer its version
-        return self._observer.learned(partition, offset)
+            self._rank(posted.scene)  # which tells the observer its version
+        return self._observer.learned(posted.partition, posted.offset)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Posted:
+    scene: Scene
+    before: Ranking
+    after: Ranking  # by the same version
+    posted_ms: int
+    visible_ms: float
+    partition: int  # of the last event
+    offset: int

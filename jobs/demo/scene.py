@@ -13,7 +13,7 @@ from typing import Any
 
 from grstream.config import Config
 from grstream.datasets import Dataset
-from grstream.keys import Id
+from grstream.keys import Id, canonical_id
 from grstream.synthetic import CLICK, LIKE
 from jobs.client import Client
 
@@ -41,7 +41,7 @@ class Scene:
     story: str
 
 
-def synthetic(config: Config, client: Client, action: str) -> Scene:
+def synthetic(config: Config, client: Client) -> Scene:
     """A user of the synthetic world who turns to the category that interested them least."""
     world = config.replay.synthetic
     category = world.category or config.events.item_features[0]
@@ -54,9 +54,8 @@ def synthetic(config: Config, client: Client, action: str) -> Scene:
     clusters = range(min(SHOWN, world.clusters))
     candidates = [shown(world.clusters + c) for c in clusters]  # the second most popular of each
     now = time.time_ns() // 1_000_000
-    scores = scores_of(
-        client.post("/v1/rank", {"user_id": user, "candidates": candidates, "at_ms": now}), action
-    )
+    answer = client.post("/v1/rank", {"user_id": user, "candidates": candidates, "at_ms": now})
+    scores = scores_of(answer, CLICK)
     least = min(scores, key=lambda item: scores[item])
     target = int(least) % world.clusters
     items = [target + world.clusters * k for k in range(2, POSTED + 1)] + [NEW_ITEM]
@@ -83,7 +82,7 @@ def synthetic(config: Config, client: Client, action: str) -> Scene:
 
 def of_dataset(client: Client, dataset: Dataset) -> Scene:
     """A user of a data set who does what the user of the most distant taste did."""
-    early = dict.fromkeys(dataset.users[: len(dataset) // 10 + 1].to_pylist())
+    early = dict.fromkeys(map(canonical_id, dataset.users[: len(dataset) // 10 + 1].to_pylist()))
     users = random.Random(0).sample(list(early), min(TRIES, len(early)))
     user = _with_history(client, users)
     own = history_of(client, user)["events"]
@@ -106,7 +105,7 @@ def of_dataset(client: Client, dataset: Dataset) -> Scene:
     return Scene(
         user=user,
         candidates=[{"item_id": item} for item in mine + theirs],
-        kinds={**dict.fromkeys(mine, f"near user {user}"), **dict.fromkeys(theirs, f"near user {other}")},
+        kinds={**dict.fromkeys(mine, "to the user's taste"), **dict.fromkeys(theirs, "to the other's taste")},
         favoured=set(theirs),
         events=[
             {"user_id": user, "item_id": e["item_id"], "actions": e["actions"], "timestamp_ms": begin + i}
@@ -136,5 +135,9 @@ def _with_history(client: Client, users: Sequence[Id]) -> Id:
 
 
 def history_of(client: Client, user: Id) -> dict[str, Any]:
-    answer: dict[str, Any] = client.get(f"/v1/users/{urllib.parse.quote(str(user), safe='')}/history")
+    answer: dict[str, Any] = client.get(history_path(user))
     return answer
+
+
+def history_path(user: Id) -> str:
+    return f"/v1/users/{urllib.parse.quote(str(user), safe='')}/history"

@@ -15,14 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from grstream.keys import Id
-from jobs.demo.proof import STEPS, Call, Moved, Proof, Ranking
+from jobs.demo.proof import BASE_RATE, STEPS, Call, Moved, Proof, Ranking
 from jobs.observer import Observer, Sample
 from jobs.stack import PARTS, LocalStack
 
 CHART_ROWS, CHART_COLUMNS = 9, 60
 PLAIN_S, STANDING_S = 5.0, 30.0  # between plain lines
 MARKS = "●○◆◇▲△"  # one an action
-BASE_RATE = 1.0
 
 
 class Screen(Protocol):
@@ -261,14 +260,12 @@ def ranking(moved: Moved) -> RenderableType:
     heads = ("before", "with the actions", "and learned")
     table = Table(
         box=rich.box.SIMPLE_HEAD,
-        title=f"{moved.scene.story}: P({moved.action}) of what may be shown next",
-        title_justify="left",
     )
     table.add_column("item", no_wrap=True)
     table.add_column("", no_wrap=True)
     for head, shot in zip(heads, shots, strict=True):
         table.add_column(
-            f"{head}\nversion {shot.version}, {shot.history_length} events", justify="right", no_wrap=True
+            f"{head}\nv{shot.version}, {shot.history_length} events", justify="right", no_wrap=True
         )
     places = [_places(shot) for shot in shots]
     for item in sorted(moved.after.scores, key=lambda i: places[1][i]):
@@ -279,7 +276,8 @@ def ranking(moved: Moved) -> RenderableType:
         table.add_row(str(item), moved.scene.kinds[item], *cells, style=style)
     known = [("known" if s.new_item_known else "not known yet") for s in shots]
     table.add_row("new item", "", *known, style="dim")
-    return table
+    head = f"{moved.scene.story}\nP({moved.action}) of what may be shown next, and its rank:"
+    return Group(Text(head, style="bold"), table)
 
 
 def _places(shot: Ranking) -> dict[Id, int]:

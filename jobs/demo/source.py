@@ -10,6 +10,7 @@ import yaml
 from grstream import config as configuration
 from grstream.config import Config, ConfigError
 from grstream.datasets import load as load_dataset
+from grstream.synthetic import CLICK
 from jobs.client import Client
 from jobs.demo import scene
 from jobs.stack import ROOT
@@ -28,7 +29,8 @@ class Source:
     title: str
     pace: str
     stream: list[str]  # arguments of jobs/replay.py
-    scene: Callable[[Config, Client, str], scene.Scene]  # may raise NoScene for a while
+    action: str  # whose prediction is looked at
+    scene: Callable[[Config, Client], scene.Scene]  # may raise NoScene for a while
 
 
 def of_synthetic(path: pathlib.Path | None) -> Source:
@@ -43,6 +45,7 @@ def of_synthetic(path: pathlib.Path | None) -> Source:
         f"{world.users:,} users, {world.items:,} items and new ones, drifting interests",
         pace,
         ["--data", "synthetic", "--speed", f"{world.events_per_s:g}"],
+        CLICK,
         scene.synthetic,
     )
 
@@ -62,7 +65,8 @@ def of_file(data: pathlib.Path, path: pathlib.Path | None) -> Source:
         f"{dataset.name}, {len(dataset):,} events",
         f"{DATASET_EVENTS_PER_S} events/s",
         ["--data", str(data.absolute()), "--speed", str(DATASET_EVENTS_PER_S)],
-        lambda _, client, __: scene.of_dataset(client, dataset),
+        next((rule.action for rule in config.replay.actions if rule.column), config.events.actions[0]),
+        lambda _, client: scene.of_dataset(client, dataset),
     )
 
 
