@@ -1,0 +1,97 @@
+"""Law 6: an event is predicted, before it is learned from, by the model as it would serve."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grstream import config
+from grstream.engine import Engine
+from grstream.events import EventBatch
+from grstream.histories import RollingHistories
+from grstream.keys import Namespace, keys_of_ints
+from grstream.learner import Learner
+from grstream.weights import Manifest, Recipe, WeightsVersion
+
+CONFIG = config.parse(
+    {
+        "storage": "unused",
+        "events": {"actions": ["seen", "liked"], "context": ["place"]},
+        "histories": {"window": 6, "chunk": 2, "lateness_ms": 2_000},
+        "model": {"layers": 2, "dim": 8, "heads": 2, "dropout": 0.3},
+        "train": {"negatives": 4, "learning_rate": 0.01},
+    }
+)
+
+
+def stream(seed: int, events: int) -> EventBatch:
+    """Few users, so that windows roll within a micro-batch; times collide, and some come late."""
+    draw = np.random.default_rng(seed)
+    times = 1_000_000 + np.cumsum(draw.integers(0, 800, events))
+    late = draw.random(events) < 0.15
+    return EventBatch(
+        partition=0,
+        offsets=np.arange(events),
+        users=keys_of_ints(Namespace.USER, draw.integers(0, 3, events)),
+        items=keys_of_ints(Namespace.ITEM, draw.integers(0, 9, events)),
+        actions=draw.integers(1, 4, events).astype(np.int32),
+        times=np.where(late, times - draw.integers(0, 4_000, events), times),
+        features=np.where(
+            draw.random((events, 1)) < 0.5,
+            keys_of_ints(Namespace.FEATURE, draw.integers(0, 3, (events, 1))),
+            0,
+        ),
+        event_keys=np.zeros(events, np.int64),
+        item_names={},
+    )
+
+
+def part(batch: EventBatch, start: int, stop: int) -> EventBatch:
+    columns = ("offsets", "users", "items", "actions", "times", "features", "event_keys")
+    return EventBatch(
+        partition=0, item_names={}, **{name: getattr(batch, name)[start:stop] for name in columns}
+    )
+
+
+def served_version(learner: Learner) -> WeightsVersion:
+    manifest = Manifest(
+        number=learner.steps + 1,
+        step=learner.steps,
+        created_ms=0,
+        positions={},
+        newest_event_ms=0,
+        recipe=Recipe.of(CONFIG),
+        files={},
+    )
+    return WeightsVersion(manifest, learner.weights())
+
+
+@given(seed=st.integers(0, 1_000), cuts=st.lists(st.integers(1, 12), min_size=3, max_size=5))
+@settings(max_examples=15)
+def test_a_trainer_says_of_an_event_what_a_server_would_have_said(seed: int, cuts: list[int]) -> None:
+    events = stream(seed, sum(cuts))
+    learner, engine = Learner(CONFIG), Engine(CONFIG.serve)
+    trainers = RollingHistories(CONFIG.histories, features=1)
+    servers = RollingHistories(CONFIG.histories, features=1, track_new=False)
+    at = 0
+    for size in cuts:
+        engine.swap(served_version(learner))
+        served = {}
+        for row in range(at, at + size):
+            one = part(events, row, row + 1)
+            if one.times[0] >= servers.history(int(one.users[0])).times.max(initial=0):  # not late
+                served[row] = engine.rank(
+                    servers.history(int(one.users[0])),
+                    one.items,
+                    int(one.times[0]),
+                    features=one.features,
+                    user=int(one.users[0]),
+                ).probabilities[0]
+            servers.append(one)
+        trainers.append(part(events, at, at + size))
+        said = learner.step(trainers.pack()).predictions
+        at += size
+        by_offset = dict(zip(said.offsets.tolist(), said.probabilities, strict=True))
+        assert len(by_offset) == size
+        for row, probabilities in served.items():
+            assert by_offset[row] == pytest.approx(probabilities, abs=1e-5), row
