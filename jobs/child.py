@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 LOOK_S = 0.1  # between looks at whether something has come to be
+KILLED_S = 5.0  # a killed process may take so long to be gone
 
 
 class ChildDied(RuntimeError):
@@ -21,7 +22,7 @@ class ChildDied(RuntimeError):
 
     def __init__(self, name: str, status: int, log: pathlib.Path, tail: str) -> None:
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        super().__init__(f"{name} {how}; the end of {log}:\n{tail}")
+        super().__init__(f"{name} {how}; the end of {log}:\n{tail or '(empty)'}")
         self.name = name
 
 
@@ -90,9 +91,12 @@ class Child:
         if self.status() is None:
             self._process.kill()
             self._process.wait()
-        for pid in session_of(self._process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + KILLED_S
+        while (left := session_of(self._process.pid)) and time.monotonic() < deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(LOOK_S / 10)
 
 
 def session_of(leader: int) -> list[int]:
