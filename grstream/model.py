@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # one brings pydantic, which a bare GPU machine need not have
     from grstream.tokens import Tokens
 
 LAYER_NORM_EPSILON = 1e-6
+# Of the usual scale of a layer's last weights at first: a stream is seen once, and a model that begins near
+# the embeddings alone learns those sooner (ML-100K in one pass: log loss .578 against .582).
+BRANCH_GAIN = 0.1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,7 +111,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         nn.init.xavier_uniform_(self.project_in.weight)
         nn.init.zeros_(self.project_in.bias)
-        nn.init.xavier_uniform_(self.project_out.weight)
+        nn.init.xavier_uniform_(self.project_out.weight, BRANCH_GAIN)
 
     def project(self, x: Tensor) -> _Projected:
         """u, v, q, k of the rows x (R, d)."""

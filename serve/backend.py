@@ -5,7 +5,13 @@ import concurrent.futures
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, WorkerCrashedError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -131,10 +137,16 @@ def _reaching(what: str) -> Iterator[None]:
     kind = what.replace(" ", "_")
     try:
         yield
-    except (BackPressureError, QueueFull) as error:
+    except BackPressureError as error:
         raise Unavailable("queue_full", f"{what}: {error}") from error
-    except TailNotReady as error:
-        raise Unavailable("not_ready", str(error)) from error
+    except RayTaskError as error:
+        # Ray raises the replica's own error under a text that tells of processes and files.
+        cause = error.cause
+        if isinstance(cause, QueueFull):
+            raise Unavailable("queue_full", f"{what}: {cause}") from error
+        if isinstance(cause, TailNotReady):
+            raise Unavailable("not_ready", str(cause)) from error
+        raise cause from error
     except AWAY as error:
         message = f"the {what} is away ({type(error).__name__}); it is being started again"
         raise Unavailable(f"{kind}_unavailable", message) from error

@@ -120,7 +120,7 @@ class HistoryEvent(_Answer):
 class HistoryAnswer(_Answer):
     user_id: Id
     history_length: int
-    epoch: int = pydantic.Field(description="how often the window has dropped its oldest chunk")
+    epoch: int = pydantic.Field(description="one more whenever the window drops its oldest chunk")
     position: Position
     events: list[HistoryEvent] = pydantic.Field(description="oldest first")
 
