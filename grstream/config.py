@@ -118,6 +118,9 @@ class TrainConfig(Section):
     worker_cpus: float = pydantic.Field(1, gt=0, description="logical CPUs each trainer worker asks Ray for")
     gpu: bool = False
     learning_rate: float = pydantic.Field(5e-4, gt=0, description="AdamW, dense parameters")
+    bias_learning_rate: float = pydantic.Field(
+        1e-2, gt=0, description="AdamW, tables of relative position and time"
+    )
     row_learning_rate: float = pydantic.Field(0.05, gt=0, description="rowwise Adagrad, embedding rows")
     weight_decay: float = pydantic.Field(0.0, ge=0)
     retrieval_weight: float = pydantic.Field(0.02, ge=0, description="retrieval loss beside the ranking loss")
