@@ -174,3 +174,11 @@ def test_two_ranks_learn_what_one_would_and_stay_equal(tmp_path: pathlib.Path) -
     assert np.array_equal(got.keys[order[0]], want.keys[order[1]])
     for name in want.dense:
         assert got.dense[name] == pytest.approx(want.dense[name], abs=2e-3), name
+
+
+def test_a_learner_in_bf16_says_nearly_what_one_in_fp32_says() -> None:
+    exact, reduced = Learner(small_config()), Learner(small_config(dtype="bfloat16"))
+    for batch in random_batches(3, 30):
+        said = [learner.step(batch).predictions.probabilities for learner in (exact, reduced)]
+        assert said[1] == pytest.approx(said[0], abs=0.02)
+    assert all(array.dtype == np.float32 for array in reduced.weights().dense.values())
