@@ -159,7 +159,7 @@ def main() -> None:
             }
         )
         fill(config, count)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         stack.callback(ray.shutdown)
         raw, source, size = [], [], 0
         for n in range(rounds + 1):

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.kafka, pytest.mark.ray_cluster]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a Ray cluster whose processes descend from this one."""
-    context = ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    context = ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     yield context.address_info["gcs_address"]
     ray.shutdown()
 

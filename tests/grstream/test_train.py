@@ -232,7 +232,7 @@ def test_a_user_in_two_partitions_is_noticed_once_and_counted(caplog: pytest.Log
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -119,7 +119,7 @@ def application(broker_process: Any, tmp_path_factory: pytest.TempPathFactory) -
         made = Application(config)
         # Of the whole cluster: proxies read it when they start.
         os.environ[proxy.CALLBACK_VARIABLE] = proxy.CALLBACK
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         try:
             serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
             serve.run(build(Arguments(config=str(path))))
