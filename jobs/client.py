@@ -2,7 +2,10 @@
 
 import http.client
 import json
+import time
 from typing import Any
+
+IDLE_S = 4.0  # after that a new connection: servers close idle ones, some after 5 s
 
 
 class Refused(RuntimeError):
@@ -19,6 +22,7 @@ class Client:
     def __init__(self, host: str, port: int, timeout_s: float = 30) -> None:
         self.url = f"http://{host}:{port}"
         self._connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+        self._answered = time.monotonic()
 
     def get(self, path: str) -> Any:
         return self._ask("GET", path, None)
@@ -31,6 +35,8 @@ class Client:
 
     def _ask(self, method: str, path: str, body: str | None) -> Any:
         headers = {"Content-Type": "application/json"} if body is not None else {}
+        if time.monotonic() - self._answered > IDLE_S:
+            self.close()  # a POST that met a connection just closed could not be sent again safely
         try:
             self._connection.request(method, path, body, headers)
             answer = self._connection.getresponse()
@@ -41,6 +47,7 @@ class Client:
         except OSError:
             self.close()  # the next request opens another connection
             raise
+        self._answered = time.monotonic()
         kind = answer.headers.get_content_type()
         decoded = json.loads(text) if kind == "application/json" else text.decode(errors="replace")
         if status != 200:
