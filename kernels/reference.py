@@ -2,7 +2,8 @@
 
     o_i = Σ_{j < prefix_i} SiLU(α q_i·k_j + b(i, j)) v_j  +  SiLU(α q_i·k_self_i + b(i, i)) v_self_i
 
-(Zhai et al. 2024, section 3.1, equation 2, without the division by the length.) Rows run in padded blocks:
+(Zhai et al. 2024, section 3.1, equation 2, without the division by the length.) With softmax in SiLU's place
+the weights of a row, its own included, sum to 1. Rows run in padded blocks:
 sequences of similar size side by side, so that the number of PyTorch operations grows with the pairs of
 tokens and not with the users. A padded pair has a bias so low that SiLU and its derivative are exactly 0
 there, so nothing in a row's sum depends on its block (law 2). Narrow inputs are widened to the tables' dtype.
@@ -19,7 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import jagged
-from kernels.buckets import POSITION_BUCKETS, TIME_BUCKETS, TIME_OFFSET, TIME_SHIFT, position_bucket
+from kernels.buckets import (
+    POSITION_BUCKETS,
+    TIME_BUCKETS,
+    TIME_OFFSET,
+    TIME_SHIFT,
+    position_bits,
+    position_bucket,
+    position_rows,
+)
 from kernels.sight import Sight
 
 BLOCK_PAIRS = 1 << 18  # pairs of a block: one head's scores are 1 MiB of fp32, which a core's L2 cache holds
@@ -37,32 +46,55 @@ def attention(
     k_self: Tensor,  # (R, H, d_qk)
     v_self: Tensor,  # (R, H, d_v)
     sight: Sight,
-    position_bias: Tensor,  # (POSITION_BUCKETS, H)
-    time_bias: Tensor,  # (TIME_BUCKETS, H)
+    position_bias: Tensor | None,  # (position_rows(bits), H)
+    time_bias: Tensor | None,  # (TIME_BUCKETS, H)
     alpha: float,
-) -> Tensor:  # (R, H, d_v) in the tables' dtype
-    wide = position_bias.dtype
+    softmax: bool = False,
+) -> Tensor:  # (R, H, d_v) in fp32, or in float64 where q is
+    wide = torch.promote_types(q.dtype, torch.float32)
+    heads = q.shape[1]
     q, k, v, k_self, v_self = (x.to(wide) for x in (q, k, v, k_self, v_self))
-    own = F.silu(alpha * (q * k_self).sum(-1) + position_bias[0] + time_bias[0])  # (R, H)
-    o = own.unsqueeze(-1) * v_self
-    plan = sight.planned(_plan, q.shape[1])
+    if position_bias is None:
+        position_bias = q.new_zeros(POSITION_BUCKETS, heads)
+    if time_bias is None:
+        time_bias = q.new_zeros(TIME_BUCKETS, heads)
+    tables = _pair_tables(position_bias.to(wide), time_bias.to(wide))
+    own = alpha * (q * k_self).sum(-1) + tables[:, 0]  # (R, H)
+    plan = sight.planned(_plan, position_bits(len(position_bias)), heads)
+
+    def to_blocks(rows: Tensor) -> tuple[Tensor, ...]:
+        return _Reorder.apply(rows.flatten(0, 1), plan.to_blocks, plan.from_blocks).split(plan.block_rows)
+
+    def to_groups(memory: Tensor) -> tuple[Tensor, ...]:
+        return _Reorder.apply(memory.flatten(0, 1), plan.to_groups, plan.from_groups).split(plan.group_memory)
+
     if not plan.blocks:
-        return o
-    tables = _pair_tables(position_bias, time_bias)
-    qs = _Reorder.apply(q.flatten(0, 1), plan.to_blocks, plan.from_blocks).split(plan.block_rows)
-    ks = _Reorder.apply(k.flatten(0, 1), plan.to_groups, plan.from_groups).split(plan.group_memory)
-    vs = _Reorder.apply(v.flatten(0, 1), plan.to_groups, plan.from_groups).split(plan.group_memory)
+        return v_self if softmax else F.silu(own).unsqueeze(-1) * v_self
+    qs, ks, vs = to_blocks(q), to_groups(k), to_groups(v)
+    owns = to_blocks(own.unsqueeze(-1)) if softmax else ()
+    selves = to_blocks(v_self) if softmax else ()
     outputs = []
-    for block, q_block in zip(plan.blocks, qs, strict=True):
+    for at, (block, q_block) in enumerate(zip(plan.blocks, qs, strict=True)):
         n = block.pairs.shape[2]
         bias = _Lookup.apply(tables, block.pairs)  # (H · b, r, n)
         q_block = q_block.unflatten(0, (len(bias), -1))  # (H · b, r, d_qk)
         k_block = ks[block.group].unflatten(0, (len(bias), -1))[:, :n]  # (H · b, n, d_qk)
         v_block = vs[block.group].unflatten(0, (len(bias), -1))[:, :n]  # (H · b, n, d_v)
-        weights = F.silu(torch.baddbmm(bias, q_block, k_block.transpose(1, 2), alpha=alpha))
-        outputs.append(torch.bmm(weights, v_block).flatten(0, 1))
-    seen = _Reorder.apply(torch.cat(outputs), plan.from_blocks, plan.to_blocks)
-    return o + seen.view(o.shape)
+        scores = torch.baddbmm(bias, q_block, k_block.transpose(1, 2), alpha=alpha)
+        if softmax:
+            shape = (len(bias), -1, 1)
+            weights = torch.cat((scores, owns[at].view(shape)), 2).softmax(2)
+            mine = weights[:, :, n:] * selves[at].unflatten(0, shape[:2])
+            outputs.append(torch.baddbmm(mine, weights[:, :, :n], v_block).flatten(0, 1))
+        else:
+            outputs.append(torch.bmm(F.silu(scores), v_block).flatten(0, 1))
+    seen = _Reorder.apply(torch.cat(outputs), plan.from_blocks, plan.to_blocks).view(v_self.shape)
+    if not softmax:
+        return seen + F.silu(own).unsqueeze(-1) * v_self
+    if plan.from_blocks.missing is None:
+        return seen
+    alone = torch.zeros_like(own).view(-1).index_fill_(0, plan.from_blocks.missing, 1)
+    return seen + alone.view(own.shape).unsqueeze(-1) * v_self
 
 
 def _pair_tables(position_bias: Tensor, time_bias: Tensor) -> Tensor:
@@ -146,10 +178,10 @@ class _Lookup(torch.autograd.Function):
         return torch.stack(counts).to(gradient.dtype), None
 
 
-def _plan(sight: Sight, heads: int) -> _Plan:
+def _plan(sight: Sight, bits: int, heads: int) -> _Plan:
     row_lengths, seen = sight.row_lengths.tolist(), _seen(sight)
     row_starts, memory_starts = jagged.starts(sight.row_lengths), jagged.starts(sight.memory_lengths)
-    bases = _position_bases(max(seen, default=0), sight.row_prefix.device)
+    bases = _position_bases(max(seen, default=0), bits, sight.row_prefix.device)
     rows, memory = _Padding(heads), _Padding(heads)
     blocks: list[_Block] = []
     for group, members in enumerate(_groups(row_lengths, seen)):
@@ -164,16 +196,16 @@ def _plan(sight: Sight, heads: int) -> _Plan:
             )  # (b, r)
             prefix = sight.row_prefix[index] * real  # a padded row sees nothing
             n = max(int(prefix.max()), 1)
-            blocks.append(_Block(group, _pairs(prefix, sight.row_times[index], times[:, :n], bases)))
+            blocks.append(_Block(group, _pairs(prefix, sight.row_clock[index], times[:, :n], bases)))
     to_blocks, from_blocks = rows.both_ways(len(sight.row_prefix))
     to_groups, from_groups = memory.both_ways(len(sight.memory_times))
     return _Plan(tuple(blocks), rows.sizes, memory.sizes, to_blocks, from_blocks, to_groups, from_groups)
 
 
-def _position_bases(longest: int, device: torch.device) -> Tensor:
+def _position_bases(longest: int, bits: int, device: torch.device) -> Tensor:
     """For each p_i - p_j + longest: where its bucket starts in a pair table, less the time offset."""
     difference = torch.arange(-longest, longest + 1, device=device)
-    bucket = torch.where(difference > 0, position_bucket(difference), POSITION_BUCKETS)
+    bucket = torch.where(difference > 0, position_bucket(difference, bits), position_rows(bits))
     return (bucket * TIME_BUCKETS - TIME_OFFSET).to(torch.int32)
 
 

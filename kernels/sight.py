@@ -6,11 +6,14 @@ prefill, extending a cache and scoring differ in nothing but these numbers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from kernels.buckets import UNKNOWN_TIME
 
 Plan = TypeVar("Plan")
 
@@ -20,13 +23,11 @@ class Sight:
     """S sequences with M memory tokens and R rows, each packed sequence after sequence. All int64."""
 
     memory_lengths: Tensor  # (S,) memory tokens of each sequence
-    memory_times: Tensor  # (M,) milliseconds
+    memory_times: Tensor  # (M,) milliseconds, UNKNOWN_TIME where not known
     row_lengths: Tensor  # (S,) rows of each sequence
     row_prefix: Tensor  # (R,) memory tokens of its own sequence that the row sees; also its position
-    row_times: Tensor  # (R,) milliseconds
-    _plans: dict[tuple[Callable[..., Any], int], Any] = dataclasses.field(
-        default_factory=dict, init=False, repr=False
-    )
+    row_times: Tensor  # (R,) milliseconds, UNKNOWN_TIME where not known
+    _plans: dict[tuple[Any, ...], Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self)[:5]:
@@ -39,8 +40,14 @@ class Sight:
             if len(getattr(self, one)) != len(getattr(self, other)):
                 raise ValueError(f"{one} and {other} must be equally long")
 
-    def planned(self, build: Callable[["Sight", int], Plan], heads: int) -> Plan:
-        """What an implementation derives from this sight, derived once for all layers of a pass."""
-        if (build, heads) not in self._plans:
-            self._plans[build, heads] = build(self, heads)
-        return self._plans[build, heads]
+    @functools.cached_property
+    def row_clock(self) -> Tensor:
+        """The rows' times as buckets want them, (R,): unknown ones as far ahead as memory's lie behind."""
+        return torch.where(self.row_times == UNKNOWN_TIME, -UNKNOWN_TIME, self.row_times)
+
+    def planned(self, build: Callable[..., Plan], *options: Any) -> Plan:
+        """`build(self, *options)`: what an implementation derives, once for all layers of a pass."""
+        key = (build, *options)
+        if key not in self._plans:
+            self._plans[key] = build(self, *options)
+        return self._plans[key]

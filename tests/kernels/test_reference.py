@@ -9,87 +9,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import POSITION_BUCKETS, TIME_BUCKETS, Sight, attention, position_bucket, time_bucket
+from kernels import (
+    TIME_BUCKETS,
+    UNKNOWN_TIME,
+    attention,
+    position_bits,
+    position_bucket,
+    position_rows,
+    time_bucket,
+)
 from kernels import reference as blocks
-
-TABLES = ("position_bias", "time_bias")
-
-
-@dataclasses.dataclass
-class Case:
-    sight: Sight
-    arrays: dict[str, Tensor]  # the differentiable arguments of attention, by name
-
-    def run(self) -> Tensor:
-        alpha = self.arrays["q"].shape[-1] ** -0.5
-        return attention(sight=self.sight, alpha=alpha, **self.arrays)
-
-
-def case(
-    lengths: list[int],
-    prefixes: list[list[int]],
-    *,
-    heads: int = 2,
-    qk: int = 3,
-    v: int = 4,
-    times: str = "any",
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> Case:
-    """Random tensors for sequences of these lengths, whose rows see these prefixes."""
-    random = torch.Generator().manual_seed(seed)
-    memory, rows = sum(lengths), sum(map(len, prefixes))
-
-    def draw(count: int) -> Tensor:
-        spread = {"any": 10**11, "equal": 1, "close": 50}[times]
-        return torch.randint(0, spread, (count,), generator=random)  # going back as often as forward
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
-
-    wide = torch.promote_types(dtype, torch.float32)
-    sight = Sight(
-        memory_lengths=torch.tensor(lengths, dtype=torch.int64),
-        memory_times=draw(memory),
-        row_lengths=torch.tensor([len(p) for p in prefixes], dtype=torch.int64),
-        row_prefix=torch.tensor([p for prefix in prefixes for p in prefix], dtype=torch.int64),
-        row_times=draw(rows),
-    )
-    arrays = {
-        "q": normal(rows, heads, qk),
-        "k": normal(memory, heads, qk),
-        "v": normal(memory, heads, v),
-        "k_self": normal(rows, heads, qk),
-        "v_self": normal(rows, heads, v),
-        "position_bias": normal(POSITION_BUCKETS, heads).to(wide),
-        "time_bias": normal(TIME_BUCKETS, heads).to(wide),
-    }
-    return Case(sight, arrays)
-
-
-@st.composite
-def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, longest: int = 24) -> Case:
-    lengths = draw(st.lists(st.integers(0, longest), max_size=5))
-    prefixes = [draw(st.lists(st.integers(0, n), max_size=6)) for n in lengths]
-    return case(
-        lengths,
-        prefixes,
-        heads=draw(st.integers(1, 3)),
-        qk=draw(st.integers(1, 5)),
-        v=draw(st.integers(1, 5)),
-        times=draw(st.sampled_from(["any", "equal", "close"])),
-        dtype=dtype,
-        seed=draw(st.integers(0, 9)),
-    )
+from tests.attention_cases import Case, case, cases
 
 
 def log_bucket(x: int, bits: int, count: int) -> int:
     """The bucket in exact integers: 2^bits an octave, those that hold no other integer exact."""
     x = max(x, 0)
     if x < 2**bits:
-        return x if bits > 1 else 0
+        return x
     octave = x.bit_length() - 1
     return min(((octave - bits + 1) << bits) + (x >> (octave - bits)) - (1 << bits), count - 1)
+
+
+def log_time_bucket(x: int, count: int) -> int:
+    """The same, two an octave, 0 and 1 sharing the first."""
+    return 0 if x < 2 else log_bucket(x, 1, count)
 
 
 def naive(case: Case) -> Tensor:
@@ -97,13 +41,20 @@ def naive(case: Case) -> Tensor:
     a, sight = {name: array.double() for name, array in case.arrays.items()}, case.sight
     heads = a["q"].shape[1]
     out = torch.zeros(len(sight.row_prefix), heads, a["v"].shape[-1], dtype=torch.float64)
-    alpha = a["q"].shape[-1] ** -0.5
 
-    def weight(q: Tensor, k: Tensor, head: int, position: int, time: int) -> float:
-        bias = a["position_bias"][log_bucket(position, 3, POSITION_BUCKETS), head]
-        bias = bias + a["time_bias"][log_bucket(time, 1, TIME_BUCKETS), head]
-        score = float(alpha * (q @ k) + bias)
-        return score / (1 + math.exp(-score))
+    def score(q: Tensor, k: Tensor, head: int, position: int, time: int | None) -> float:
+        bias = 0.0
+        if "position_bias" in a:
+            rows = len(a["position_bias"])
+            bias += float(a["position_bias"][log_bucket(position, position_bits(rows), rows), head])
+        if "time_bias" in a:
+            bucket = TIME_BUCKETS - 1 if time is None else log_time_bucket(time, TIME_BUCKETS - 1)
+            bias += float(a["time_bias"][bucket, head])
+        return float(case.alpha * (q @ k)) + bias
+
+    def weights(scores: list[float]) -> Tensor:
+        drawn = torch.tensor(scores, dtype=torch.float64)
+        return drawn.softmax(0) if case.softmax else drawn / (1 + torch.exp(-drawn))
 
     row = first = 0
     for length, row_count in zip(sight.memory_lengths.tolist(), sight.row_lengths.tolist(), strict=True):
@@ -111,10 +62,13 @@ def naive(case: Case) -> Tensor:
             p, t = int(sight.row_prefix[i]), int(sight.row_times[i])
             for h in range(heads):
                 q = a["q"][i, h]
+                scores = [score(q, a["k_self"][i, h], h, 0, 0)]
                 for j in range(p):
-                    passed = t - int(sight.memory_times[first + j])
-                    out[i, h] += weight(q, a["k"][first + j, h], h, p - j, passed) * a["v"][first + j, h]
-                out[i, h] += weight(q, a["k_self"][i, h], h, 0, 0) * a["v_self"][i, h]
+                    then = int(sight.memory_times[first + j])
+                    passed = None if UNKNOWN_TIME in (t, then) else t - then
+                    scores.append(score(q, a["k"][first + j, h], h, p - j, passed))
+                seen = torch.cat((a["v_self"][i : i + 1, h], a["v"][first : first + p, h]))
+                out[i, h] = weights(scores) @ seen
         row, first = row + row_count, first + length
     return out
 
@@ -144,7 +98,7 @@ def test_many_blocks_equal_one_sequence_at_a_time() -> None:
     lengths = [0, 300, 1, 150, 149, 80, 0, 2, 299, 64, 65]
     prefixes = [[n, *range(n), n // 2] for n in lengths]
     whole = case(lengths, prefixes)
-    plan = whole.sight.planned(blocks._plan, 2)
+    plan = whole.sight.planned(blocks._plan, 3, 2)
     assert len({block.group for block in plan.blocks}) > 1
     assert len(plan.blocks) > len({block.group for block in plan.blocks})
     torch.testing.assert_close(whole.run(), naive_by_sequence(whole), atol=1e-10, rtol=1e-10)
@@ -185,14 +139,15 @@ def test_gradients_of_the_blocks_are_those_of_the_formula() -> None:
         torch.testing.assert_close(our, their, atol=1e-9, rtol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_gradients_pass_gradcheck() -> None:
-    drawn = case([3, 0, 5], [[3, 1, 0], [0], [5, 4]], heads=2, qk=2, v=3)
+@pytest.mark.parametrize("softmax", [False, True])
+def test_gradients_pass_gradcheck(softmax: bool) -> None:
+    drawn = case([3, 0, 5], [[3, 1, 0], [0], [5, 4]], heads=2, qk=2, v=3, times="some", softmax=softmax)
     names = list(drawn.arrays)
     # A table of 96 rows makes gradcheck slow: check the rows that take part, leave the others as they are.
     inputs = [array.requires_grad_() for array in drawn.arrays.values()]
 
     def run(*arrays: Tensor) -> Tensor:
-        return Case(drawn.sight, dict(zip(names, arrays, strict=True))).run()
+        return Case(drawn.sight, dict(zip(names, arrays, strict=True)), softmax).run()
 
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
     assert torch.autograd.gradcheck(run, inputs[:5] + [t.detach() for t in inputs[5:]])
@@ -215,10 +170,12 @@ def test_a_broken_user_stays_alone_with_its_nan() -> None:
 
 
 @pytest.mark.parametrize("x", [*range(-3, 70), 255, 256, 15_359, 15_360, 10**6])
-def test_position_buckets_are_exact_and_then_eighths_of_octaves(x: int) -> None:
-    assert int(position_bucket(torch.tensor(x))) == log_bucket(x, 3, POSITION_BUCKETS)
-    if 0 <= x < 16:
-        assert int(position_bucket(torch.tensor(x))) == x
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_position_buckets_are_exact_and_then_parts_of_octaves(x: int, bits: int) -> None:
+    bucket = int(position_bucket(torch.tensor(x), bits))
+    assert bucket == log_bucket(x, bits, position_rows(bits))
+    if 0 <= x < 2 ** (bits + 1):
+        assert bucket == x
 
 
 @given(
@@ -227,8 +184,11 @@ def test_position_buckets_are_exact_and_then_eighths_of_octaves(x: int) -> None:
     | st.integers(1, 61).map(lambda e: 3 * 2**e)
 )
 def test_time_buckets_are_half_octaves(x: int) -> None:
-    """Exact integers up to 2^24 and at every edge; between, rounding to float32 is part of the definition."""
-    assert int(time_bucket(torch.tensor(x))) == log_bucket(x, 1, TIME_BUCKETS)
+    """Exact integers up to 2^24 and at every edge; between, rounding to float32 is part of the definition.
+
+    The last bucket is that of unknown times: no known ones lie 2^43.5 ms apart.
+    """
+    assert int(time_bucket(torch.tensor(x))) == log_time_bucket(x, TIME_BUCKETS)
 
 
 @given(st.integers(0, 2**62), st.integers(0, 2**62))
@@ -242,7 +202,8 @@ def test_buckets_never_decrease_with_distance(x: int, y: int) -> None:
     ("changes", "message"),
     [
         ({"k": torch.zeros(5, 2, 3, dtype=torch.float64)}, "k must have shape"),
-        ({"position_bias": torch.zeros(7, 2)}, "position_bias must have shape"),
+        ({"position_bias": torch.zeros(7, 2)}, "position_bias must have one of these numbers of rows"),
+        ({"position_bias": torch.zeros(96, 3)}, "position_bias must have shape"),
         ({"implementation": "magic"}, "no implementation 'magic'"),
     ],
 )
