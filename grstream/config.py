@@ -93,15 +93,30 @@ class SourceConfig(Section):
 
 
 class ModelConfig(Section):
-    """The HSTU encoder and its heads (paper section 3)."""
+    """The encoder and its heads (paper section 3). The defaults are HSTU; the rest are the ablations."""
 
-    layout: Literal["fused"] = "fused"
+    layout: Literal["fused", "interleaved"] = pydantic.Field(
+        "fused",
+        description="one token an event and one a candidate; or, as in the paper, item and action in turn",
+    )
+    encoder: Literal["hstu", "transformer"] = "hstu"
+    attention: Literal["silu", "softmax"] | None = pydantic.Field(
+        None, description="default: silu for hstu, softmax for transformer"
+    )
     layers: int = pydantic.Field(2, ge=1)
     dim: int = pydantic.Field(64, ge=2, description="width of the residual stream")
     heads: int = pydantic.Field(2, ge=1)
     qk_dim: int | None = pydantic.Field(None, ge=1, description="per head; default dim / heads")
     v_dim: int | None = pydantic.Field(None, ge=1, description="per head; default dim / heads")
-    dropout: float = pydantic.Field(0.0, ge=0, lt=1)
+    feedforward: int | None = pydantic.Field(None, ge=1, description="transformer only; default 4 · dim")
+    position_bias: Literal["bucketed", "exact", "none"] = pydantic.Field(
+        "bucketed", description="exact: a weight for each distance below 1,024 tokens"
+    )
+    time_bias: bool = True
+    absolute_positions: int = pydantic.Field(
+        0, ge=0, description="learned vectors of absolute position, the last one for all beyond; 0: none"
+    )
+    dropout: float = pydantic.Field(0.0, ge=0, lt=1, description="of the input and of each layer's output")
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @pydantic.model_validator(mode="after")
@@ -109,6 +124,18 @@ class ModelConfig(Section):
         if (self.qk_dim is None or self.v_dim is None) and self.dim % self.heads:
             raise ValueError("dim must be a multiple of heads unless qk_dim and v_dim are given")
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _fields_of_the_encoder(self) -> Self:
+        if self.encoder == "hstu" and self.feedforward is not None:
+            raise ValueError("feedforward belongs to encoder: transformer")
+        if self.encoder == "transformer" and self.attention == "silu":
+            raise ValueError("encoder: transformer attends by softmax; silu belongs to encoder: hstu")
+        return self
+
+    @property
+    def softmax(self) -> bool:
+        return (self.attention or ("silu" if self.encoder == "hstu" else "softmax")) == "softmax"
 
 
 class TrainConfig(Section):
@@ -125,6 +152,15 @@ class TrainConfig(Section):
     weight_decay: float = pydantic.Field(0.0, ge=0)
     retrieval_weight: float = pydantic.Field(0.02, ge=0, description="retrieval loss beside the ranking loss")
     negatives: int = pydantic.Field(256, ge=1, description="uniform negatives a step beside in-batch ones")
+    full_softmax_items: int = pydantic.Field(
+        0, ge=0, description="up to so many items all are the negatives of every event"
+    )
+    action_weights: dict[Name, Annotated[float, pydantic.Field(ge=0)]] = pydantic.Field(
+        {}, description="of each action's ranking loss; 1 where not given"
+    )
+    stochastic_length: float | None = pydantic.Field(
+        None, gt=1, le=2, description="the paper's α: long histories are trained on in part; default: whole"
+    )
     log_predictions: bool = pydantic.Field(False, description="keep every prediction, for evaluation")
     publish_every_s: float = pydantic.Field(5, gt=0)
     checkpoint_every_s: float = pydantic.Field(60, gt=0)
@@ -221,7 +257,7 @@ class Config(Section):
     replay: ReplayConfig = ReplayConfig()
 
     @pydantic.model_validator(mode="after")
-    def _replay_speaks_of_configured_names(self) -> Self:
+    def _sections_speak_of_configured_names(self) -> Self:
         known = {
             "actions": (self.events.actions, [rule.action for rule in self.replay.actions]),
             "context": (self.events.context, list(self.replay.context)),
@@ -231,6 +267,11 @@ class Config(Section):
             unknown = sorted(set(named) - set(configured))
             if unknown:
                 raise ValueError(f"replay.{field} names {', '.join(unknown)}, which events.{field} does not")
+        unknown = sorted(set(self.train.action_weights) - set(self.events.actions))
+        if unknown:
+            raise ValueError(
+                f"train.action_weights names {', '.join(unknown)}, which events.actions does not"
+            )
         category = self.replay.synthetic.category
         if category is not None and category not in self.events.item_features:
             raise ValueError(

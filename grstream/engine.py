@@ -29,7 +29,7 @@ from grstream.scores import (
     UnusableWeights,
     WrongFeatures,
 )
-from grstream.tokens import Tokens
+from grstream.tokens import Events, Kind, Tokens, candidate_kind, changed_context, memory_tokens
 from grstream.vocabulary import Vocabulary
 from grstream.weights import Manifest, Weights, WeightsVersion
 
@@ -44,6 +44,15 @@ class _Served:
     item_names: dict[int, str]
     item_keys: Keys  # (n,)
     item_vectors: torch.Tensor  # (n, d)
+
+    @property
+    def interleaved(self) -> bool:
+        return self.manifest.recipe.model.layout == "interleaved"
+
+    @property
+    def contexts(self) -> int:
+        """How many of a history's feature columns, the first ones, are context."""
+        return sum(name.startswith("context.") for name in self.manifest.recipe.features)
 
 
 class Engine:
@@ -83,17 +92,21 @@ class Engine:
     ) -> Ranked:
         """The probability of each action for each candidate, shown at `at_ms` after `history`.
 
-        `user` is where keys and values are kept; without one they are not. Raises EngineNotReady.
+        The columns of context are the request's, so they must be the same for all candidates. `user` is
+        where keys and values are kept; without one they are not. Raises EngineNotReady and WrongFeatures.
         """
         with self._lock:
             served = self._ready()
             features = _checked(served, history, features, len(candidates))
-            items, known = _event_vectors(served.vocabulary, candidates, features)
+            items, known = _item_vectors(served, candidates, features)
             cache, reuse = self._encode(served, history, user)
+            if len(candidates) and served.contexts:
+                cache = _in_context(served, cache, history, features[0, : served.contexts], at_ms)
+            kind = candidate_kind(served.interleaved)
             logits = torch.cat(
                 [
                     served.model.action_logits(served.model.score(cache, queries)).float()
-                    for queries in self._micro_batches(items, len(history.items), at_ms)
+                    for queries in self._micro_batches(items, int(cache.lengths), at_ms, kind)
                 ]
             )  # (C, A)
         _require_finite_scores(served, logits)
@@ -138,14 +151,16 @@ class Engine:
         begin = 0 if held is None else len(held.history.items)
         cache = served.model.empty_cache(1) if held is None else held.cache
         if begin < len(history.items):
-            cache = served.model.extend(cache, _memory_tokens(served.vocabulary, history, begin))
+            cache = served.model.extend(cache, _memory_tokens(served, history, begin))
         if user is not None:
             self.cache.put(user, Entry(number, history, cache))
         return cache, reuse
 
-    def _micro_batches(self, items: torch.Tensor, prefix: int, at_ms: int) -> Iterator[Tokens]:
+    def _micro_batches(self, items: torch.Tensor, prefix: int, at_ms: int, kind: Kind) -> Iterator[Tokens]:
+        """Candidates of one sequence, each behind the whole of its tokens."""
         for part in items.split(self._micro_batch):
-            yield _query_tokens(part, prefix, at_ms)
+            prefixes, times = torch.full((len(part),), prefix), torch.full((len(part),), at_ms)
+            yield Tokens.of_candidates(torch.tensor([len(part)]), part, prefixes, times, kind)
 
 
 def _build(version: WeightsVersion) -> _Served:
@@ -193,34 +208,49 @@ def _checked(served: _Served, history: History, features: Keys | None, candidate
             f"{served.manifest.recipe.features}, so expected {expected} columns; the history has "
             f"{history.features.shape[1]}, the candidates are of shape {features.shape}"
         )
+    if (features[:, : served.contexts] != features[:1, : served.contexts]).any():
+        raise WrongFeatures("context is the request's: its features must be the same for all candidates")
     return features
 
 
-def _event_vectors(
-    vocabulary: Vocabulary, items: Keys, features: Keys
-) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+def _item_vectors(served: _Served, items: Keys, features: Keys) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
     """Item vector plus those of its features, column by column as in training; and which items are known."""
-    vectors, known = vocabulary.vectors(items)
-    for column in features.T:
+    vectors, known = served.vocabulary.vectors(items)
+    for column in features.T[served.contexts :]:
         present = np.flatnonzero(column != ABSENT)
-        vectors.index_add_(0, torch.from_numpy(present), vocabulary.vectors(column[present])[0])
+        vectors.index_add_(0, torch.from_numpy(present), served.vocabulary.vectors(column[present])[0])
     return vectors, known
 
 
-def _memory_tokens(vocabulary: Vocabulary, history: History, begin: int) -> Tokens:
-    """The history's events from `begin` on, as one sequence."""
-    vectors, _ = _event_vectors(vocabulary, history.items[begin:], history.features[begin:])
-    return Tokens.of_events(
-        torch.tensor([len(vectors)]),
-        vectors,
-        torch.from_numpy(history.actions[begin:].astype(np.int64)),
-        torch.from_numpy(history.times[begin:].astype(np.int64)),
+def _memory_tokens(served: _Served, history: History, begin: int) -> Tokens:
+    """The history's events from `begin` on, as the tokens of one sequence."""
+    vectors, _ = _item_vectors(served, history.items[begin:], history.features[begin:])
+    context = history.features[:, : served.contexts]
+    before = np.concatenate([np.full_like(context[:1], ABSENT), context[:-1]])
+    event, column = changed_context(context[begin:], before[begin:])
+    events = Events(
+        lengths=torch.tensor([len(vectors)]),
+        items=vectors,
+        actions=torch.from_numpy(history.actions[begin:].astype(np.int64)),
+        times=torch.from_numpy(history.times[begin:].astype(np.int64)),
+        contexts=served.vocabulary.vectors(context[begin:][event, column])[0],
+        context_of=torch.from_numpy(event),
     )
+    return memory_tokens(events, served.interleaved)[0]
 
 
-def _query_tokens(items: torch.Tensor, prefix: int, at_ms: int) -> Tokens:
-    """Candidates of one sequence, each behind the whole of its history."""
-    count = len(items)
-    return Tokens.of_candidates(
-        torch.tensor([count]), items, torch.full((count,), prefix), torch.full((count,), at_ms)
+def _in_context(served: _Served, cache: Cache, history: History, context: Keys, at_ms: int) -> Cache:
+    """The cache of a history, and behind it what the request's context (C,) changes."""
+    last = history.features[-1:, : served.contexts] if len(history.items) else np.full_like(context, ABSENT)
+    _, column = changed_context(context[None], last.reshape(1, -1))
+    if not len(column):
+        return cache
+    count = torch.tensor([len(column)])
+    tokens = Tokens.of_memory(
+        lengths=count,
+        vectors=served.vocabulary.vectors(context[column])[0],
+        kinds=torch.full((len(column),), Kind.CONTEXT),
+        actions=torch.zeros(len(column), dtype=torch.int64),
+        times=torch.full((len(column),), at_ms),
     )
+    return served.model.extend(cache, tokens)

@@ -1,9 +1,18 @@
 """The layers of the encoder: what a row is projected to, and what it makes of what it sees.
 
-x̂          = LayerNorm(x)
-u, v, q, k = split(SiLU(x̂ W + β))
-o_i        = Σ_{j ∈ S(i)} SiLU(α q_i·k_j + b(i, j)) v_j          (kernels.attention)
-y          = x + dropout((LayerNorm(o) ⊙ u) W_o)
+HSTU's (Zhai et al. 2024, section 3):
+
+    x̂          = LayerNorm(x)
+    u, v, q, k = split(SiLU(x̂ W + β))
+    o_i        = Σ_{j ∈ S(i)} SiLU(α q_i·k_j + b(i, j)) v_j          (kernels.attention)
+    y          = x + dropout((LayerNorm(o) ⊙ u) W_o)
+
+The Transformer's, in its pre-norm form, is here because it is what HSTU is compared with (SASRec: Kang and
+McAuley 2018), and because everything around the encoder must work for any causal self-attention:
+
+    q, k, v = split(LayerNorm(x) W + β)
+    z       = x + dropout(o W_o)               o_i by softmax in SiLU's place
+    y       = z + dropout(W_2 GELU(W_1 LayerNorm(z)))
 """
 
 import dataclasses
@@ -13,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels import POSITION_BUCKETS, TIME_BUCKETS, Sight, attention
+from kernels import POSITION_BUCKETS, TIME_BUCKETS, Sight, attention, position_rows
 
 if TYPE_CHECKING:  # it brings pydantic, which a bare GPU machine need not have
     from grstream.config import ModelConfig
 
 LAYER_NORM_EPSILON = 1e-6
+EXACT_POSITIONS = position_rows(9)  # exact below 1,024 tokens back
 # Of the usual scale of a layer's last weights at first: a stream is seen once, and a model that begins near
 # the embeddings alone learns those sooner (ML-100K in one pass: log loss .578 against .582).
 BRANCH_GAIN = 0.1
@@ -28,53 +38,48 @@ BRANCH_GAIN = 0.1
 class Projected:
     """A layer's projections of R rows."""
 
-    u: Tensor  # (R, H · d_v)
-    v: Tensor  # (R, H, d_v)
     q: Tensor  # (R, H, d_qk)
     k: Tensor  # (R, H, d_qk)
+    v: Tensor  # (R, H, d_v)
+    u: Tensor | None  # (R, H · d_v), HSTU's gate
 
 
 class Layer(nn.Module):
-    """One HSTU layer. Its projection's columns are k, v, q, u, so that keys and values are one slice."""
+    """What both kinds share: heads, biases, and attention under one rule of sight."""
 
     def __init__(self, config: "ModelConfig") -> None:
         super().__init__()
         self.heads = config.heads
         self.qk = config.qk_dim or config.dim // config.heads
         self.v = config.v_dim or config.dim // config.heads
+        self.softmax = config.softmax
         self.reduced = torch.bfloat16 if config.dtype == "bfloat16" else None
-        columns = config.heads * (2 * self.qk + 2 * self.v)
         self.norm = nn.LayerNorm(config.dim, LAYER_NORM_EPSILON)
-        self.project_in = nn.Linear(config.dim, columns)
-        self.position_bias = nn.Parameter(torch.zeros(POSITION_BUCKETS, config.heads))
-        self.time_bias = nn.Parameter(torch.zeros(TIME_BUCKETS, config.heads))
-        self.norm_out = nn.LayerNorm(config.heads * self.v, LAYER_NORM_EPSILON)
         self.project_out = nn.Linear(config.heads * self.v, config.dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        nn.init.xavier_uniform_(self.project_in.weight)
-        nn.init.zeros_(self.project_in.bias)
+        rows = {"none": 0, "bucketed": POSITION_BUCKETS, "exact": EXACT_POSITIONS}[config.position_bias]
+        self.position_bias = nn.Parameter(torch.zeros(rows, config.heads)) if rows else None
+        self.time_bias = nn.Parameter(torch.zeros(TIME_BUCKETS, config.heads)) if config.time_bias else None
         nn.init.xavier_uniform_(self.project_out.weight, BRANCH_GAIN)
 
     def project(self, x: Tensor) -> Projected:
-        """u, v, q, k of the rows x (R, d)."""
-        h, qk, v = self.heads, self.heads * self.qk, self.heads * self.v
-        out = F.silu(self._linear(self.norm(x), self.project_in.weight, self.project_in.bias))
-        k_, v_, q_, u_ = out.split((qk, v, qk, v), 1)
-        return Projected(u_, v_.unflatten(1, (h, -1)), q_.unflatten(1, (h, -1)), k_.unflatten(1, (h, -1)))
+        """The projections of the rows x (R, d)."""
+        raise NotImplementedError
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """k and v alone, of rows that nobody reads out."""
-        h, qk, v = self.heads, self.heads * self.qk, self.heads * self.v
-        weight, bias = self.project_in.weight[: qk + v], self.project_in.bias[: qk + v]
-        k_, v_ = F.silu(self._linear(self.norm(x), weight, bias)).split((qk, v), 1)
-        return k_.unflatten(1, (h, -1)), v_.unflatten(1, (h, -1))
+        raise NotImplementedError
 
     def attend(self, x: Tensor, row: Projected, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
         """The layer's output for the rows x (R, d), seeing memory k, v as `sight` says."""
+        raise NotImplementedError
+
+    def _attention(self, row: Projected, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+        """(R, H · d_v)."""
+        tables = (self.position_bias, self.time_bias)
         alpha = self.qk**-0.5
-        o = attention(row.q, k, v, row.k, row.v, sight, self.position_bias, self.time_bias, alpha)
-        gated = self.norm_out(o.flatten(1)) * row.u
-        return x + self.dropout(self._linear(gated, self.project_out.weight, None)).to(x.dtype)
+        o = attention(row.q, k, v, row.k, row.v, sight, *tables, alpha, softmax=self.softmax)
+        return o.flatten(1)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.reduced is None:
@@ -82,3 +87,70 @@ class Layer(nn.Module):
         return F.linear(
             x.to(self.reduced), weight.to(self.reduced), None if bias is None else bias.to(self.reduced)
         )
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.heads, -1))
+
+
+class HSTULayer(Layer):
+    """Its projection's columns are k, v, q, u, so that keys and values are one slice."""
+
+    def __init__(self, config: "ModelConfig") -> None:
+        super().__init__(config)
+        self.project_in = nn.Linear(config.dim, config.heads * (2 * self.qk + 2 * self.v))
+        self.norm_out = nn.LayerNorm(config.heads * self.v, LAYER_NORM_EPSILON)
+        nn.init.xavier_uniform_(self.project_in.weight)
+        nn.init.zeros_(self.project_in.bias)
+
+    def project(self, x: Tensor) -> Projected:
+        qk, v = self.heads * self.qk, self.heads * self.v
+        out = F.silu(self._linear(self.norm(x), self.project_in.weight, self.project_in.bias))
+        k_, v_, q_, u_ = out.split((qk, v, qk, v), 1)
+        return Projected(self._by_head(q_), self._by_head(k_), self._by_head(v_), u_)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        qk, v = self.heads * self.qk, self.heads * self.v
+        weight, bias = self.project_in.weight[: qk + v], self.project_in.bias[: qk + v]
+        k_, v_ = F.silu(self._linear(self.norm(x), weight, bias)).split((qk, v), 1)
+        return self._by_head(k_), self._by_head(v_)
+
+    def attend(self, x: Tensor, row: Projected, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+        assert row.u is not None
+        gated = self.norm_out(self._attention(row, k, v, sight)) * row.u
+        return x + self.dropout(self._linear(gated, self.project_out.weight, None)).to(x.dtype)
+
+
+class TransformerLayer(Layer):
+    """A pre-norm Transformer's. Its projection's columns are k, v, q."""
+
+    def __init__(self, config: "ModelConfig") -> None:
+        super().__init__(config)
+        hidden = config.feedforward or 4 * config.dim
+        self.project_in = nn.Linear(config.dim, config.heads * (2 * self.qk + self.v))
+        self.norm_out = nn.LayerNorm(config.dim, LAYER_NORM_EPSILON)
+        self.widen = nn.Linear(config.dim, hidden)
+        self.narrow = nn.Linear(hidden, config.dim)
+        for linear, gain in ((self.project_in, 1.0), (self.widen, 1.0), (self.narrow, BRANCH_GAIN)):
+            nn.init.xavier_uniform_(linear.weight, gain)
+            nn.init.zeros_(linear.bias)
+
+    def project(self, x: Tensor) -> Projected:
+        qk, v = self.heads * self.qk, self.heads * self.v
+        out = self._linear(self.norm(x), self.project_in.weight, self.project_in.bias)
+        k_, v_, q_ = map(self._by_head, out.split((qk, v, qk), 1))
+        return Projected(q_, k_, v_, None)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        qk, v = self.heads * self.qk, self.heads * self.v
+        weight, bias = self.project_in.weight[: qk + v], self.project_in.bias[: qk + v]
+        k_, v_ = map(self._by_head, self._linear(self.norm(x), weight, bias).split((qk, v), 1))
+        return k_, v_
+
+    def attend(self, x: Tensor, row: Projected, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+        seen = self._linear(self._attention(row, k, v, sight), self.project_out.weight, None)
+        z = x + self.dropout(seen).to(x.dtype)
+        hidden = F.gelu(self._linear(self.norm_out(z), self.widen.weight, self.widen.bias))
+        return z + self.dropout(self._linear(hidden, self.narrow.weight, self.narrow.bias)).to(x.dtype)
+
+
+LAYERS: dict[str, type[Layer]] = {"hstu": HSTULayer, "transformer": TransformerLayer}

@@ -18,14 +18,17 @@ from grstream.config import Config, TrainConfig
 from grstream.keys import ABSENT
 from grstream.metrics import Predictions, StreamMetrics
 from grstream.microbatch import MicroBatch, Role
-from grstream.model import HSTU, Encoded
+from grstream.model import HSTU
 from grstream.ranks import Ranks
-from grstream.tokens import NewEvents, Tokens, fused
+from grstream.retrieval import expected_counts, full_softmax, sampled_softmax
+from grstream.stochastic_length import kept_events
+from grstream.tokens import Asked, Events, Tokens, changed_context, context_before, training_tokens
 from grstream.vocabulary import Vocabulary, VocabularyState
 from grstream.weights import Weights
 
 RETRIEVAL_TEMPERATURE = 0.05
 GRADIENT_NORM = 1.0  # dense gradients are clipped here: one odd batch must not throw the model off
+REQUEST = False  # TRIAL
 PROBES = 64  # new events a step whose item is ranked among all items, which costs a pass over the table
 
 
@@ -42,6 +45,7 @@ class StepReport:
     ranking_loss: float  # nats per event, summed over actions
     retrieval_loss: float  # nats per event that had an action
     tokens: int  # memory and query tokens encoded
+    sparsity: float  # share of the events that Stochastic Length left out of the step
 
 
 class Learner:
@@ -56,37 +60,54 @@ class Learner:
         self.metrics = StreamMetrics(config.events.actions, config.train.recent_events)
         self.steps = 0
         self._optimizer = _optimizer(self.model, config.train)
+        weights = config.train.action_weights
+        self._action_weights = torch.tensor([weights.get(name, 1.0) for name in config.events.actions])
 
     def step(self, batch: MicroBatch) -> StepReport:
         """Predict the new events, then learn from them. Raises NonFiniteLoss, having changed nothing."""
         held = len(self.vocabulary)
         rows = self._admit(batch)
-        negatives = self._negatives()
-        used = np.unique(np.concatenate([rows.shared, negatives]))
+        sampled = self._sampled_rows()
+        used = np.unique(np.concatenate([rows.shared, sampled]))
         table = self.vocabulary.gather(used).requires_grad_()
-        tokens, new = fused(batch, _event_vectors(batch, rows, used, table))
-        encoded = self._forward(tokens, new, train=True)
-        logits = self.model.action_logits(encoded.query)  # (N, A)
+        kept = self._kept(batch)
+        tokens, new, ranked, users = self._encode(batch, rows, kept, used, table, train=True)
+        logits = self.model.action_logits(ranked)  # (N, A)
         labels = self._labels(batch)
-        counts = torch.tensor(
-            [batch.new_events, int(labels.any(1).sum()), len(tokens.memory_times) + batch.new_events],
-            dtype=torch.float64,
-        )
-        total = np.sum(self.ranks.gather(counts.numpy()), axis=0)
+        acted = labels.any(1)
+        counts = [
+            batch.new_events,
+            int(acted.sum()),
+            len(tokens.memory_times) + len(tokens.query_times),
+            len(batch.items),
+            len(batch.items) if kept is None else int(kept.sum()),
+        ]
+        total = np.sum(self.ranks.gather(np.array(counts, np.float64)), axis=0)
 
-        ranking = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
-        targets = torch.from_numpy(np.searchsorted(used, rows.items))[new.events]
-        users = self.model.user_vectors(encoded.memory)
-        retrieval = self._retrieval_loss(
-            users, self.model.item_vectors(table), targets, np.searchsorted(used, negatives), labels.any(1)
-        )
+        of_actions = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none")
+        ranking = (of_actions * self._action_weights).sum()
+        targets = rows.items[batch.roles != Role.CONTEXT]
+        retrieval = self._retrieval_loss(users, table, used, targets, acted, sampled)
         losses = torch.stack([ranking / max(total[0], 1), retrieval / max(total[1], 1)])
-        predictions = self._predictions(batch, tokens, new, rows.items, held, logits, users)
+        if self.config.model.dropout or kept is not None:
+            # Law 6: the model is judged as it would serve.
+            with torch.no_grad():
+                _, new, ranked, users = self._encode(batch, rows, None, used, table, train=False)
+                logits = self.model.action_logits(ranked)
+        predictions = self._predictions(batch, new, rows.items, held, logits.detach(), users.detach())
         self._learn(losses, table, used)
+        self.vocabulary.count(self._of_all_ranks(targets))
         self.metrics.update(predictions)
         self.steps += 1
         shown = np.sum(self.ranks.gather(losses.detach().double().numpy()), axis=0)
-        return StepReport(self.steps, predictions, float(shown[0]), float(shown[1]), int(total[2]))
+        return StepReport(
+            step=self.steps,
+            predictions=predictions,
+            ranking_loss=float(shown[0]),
+            retrieval_loss=float(shown[1]),
+            tokens=int(total[2]),
+            sparsity=float(1 - total[4] / max(total[3], 1)),
+        )
 
     # -- parts of a step --------------------------------------------------------------------------------
 
@@ -103,21 +124,70 @@ class Learner:
         rows[present] = shared[np.searchsorted(shared_keys, keys[present])]
         return _Rows(shared, rows[: len(batch.items)], rows[len(batch.items) :].reshape(batch.features.shape))
 
-    def _negatives(self) -> npt.NDArray[np.int64]:
-        """Rows drawn uniformly from the vocabulary, the same on every rank and on a replay."""
+    def _sampled_rows(self) -> npt.NDArray[np.int64]:
+        """What the retrieval loss sets against a step's own items, the same on every rank and on a replay.
+
+        Every item's row, ascending, where there are few enough; otherwise rows drawn uniformly.
+        """
         if not self.config.train.retrieval_weight:
             return np.empty(0, np.int64)
         items = self.vocabulary.item_rows()
-        if not len(items):
+        if len(items) <= self.config.train.full_softmax_items:
             return items
         random = np.random.default_rng((self.config.train.seed, self.steps))
         return items[random.integers(len(items), size=self.config.train.negatives)]
 
-    def _forward(self, tokens: Tokens, new: NewEvents, train: bool) -> Encoded:
-        """Outputs at the queries, and at the memory token before each of them, whence items are retrieved."""
+    def _of_all_ranks(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.concatenate(self.ranks.gather(rows))
+
+    def _kept(self, batch: MicroBatch) -> npt.NDArray[np.bool_] | None:
+        """Which events Stochastic Length leaves in the step, None for all."""
+        alpha = self.config.train.stochastic_length
+        if alpha is None:
+            return None
+        kept = kept_events(batch, self.config.histories.window, alpha, self.config.train.seed)
+        return None if all(self.ranks.gather(bool(kept.all()))) else kept
+
+    def _encode(
+        self,
+        batch: MicroBatch,
+        rows: "_Rows",
+        kept: npt.NDArray[np.bool_] | None,
+        used: npt.NDArray[np.int64],
+        table: torch.Tensor,
+        train: bool,
+    ) -> tuple[Tokens, Asked, torch.Tensor, torch.Tensor]:
+        """The new events' outputs for ranking and for retrieval, (N, d) each."""
         self.model.train(train)
-        encoded: Encoded = self.model(tokens, new.before)
-        return encoded
+        if kept is not None:
+            batch, rows = batch.where(kept), rows.where(kept)
+        events = self._events(batch, rows, used, table)
+        new = torch.from_numpy(np.flatnonzero(batch.roles != Role.CONTEXT))
+        tokens, asked = training_tokens(events, new, self.config.model.layout == "interleaved", REQUEST)
+        encoded = self.model(tokens, asked.readout)
+        return tokens, asked, asked.ranking(encoded), asked.retrieval(encoded)
+
+    def _events(
+        self, batch: MicroBatch, rows: "_Rows", used: npt.NDArray[np.int64], table: torch.Tensor
+    ) -> Events:
+        """The events' vectors: that of the item plus those of its features, and of what context changed."""
+        contexts = len(self.config.events.context)
+        place = np.searchsorted(used, rows.items)
+        vectors = F.embedding(torch.from_numpy(place), table)
+        for column in range(contexts, batch.features.shape[1]):
+            present = rows.features[:, column] >= 0
+            at = torch.from_numpy(np.searchsorted(used, rows.features[present, column]))
+            vectors = vectors.index_add(0, torch.from_numpy(np.flatnonzero(present)), F.embedding(at, table))
+        context = batch.features[:, :contexts]
+        event, which = changed_context(context, context_before(context, batch.lengths))
+        return Events(
+            lengths=torch.tensor(batch.lengths, dtype=torch.int64),
+            items=vectors,
+            actions=torch.tensor(batch.actions, dtype=torch.int64),
+            times=torch.tensor(batch.times, dtype=torch.int64),
+            contexts=F.embedding(torch.from_numpy(np.searchsorted(used, rows.features[event, which])), table),
+            context_of=torch.from_numpy(event),
+        )
 
     def _labels(self, batch: MicroBatch) -> torch.Tensor:
         bits = batch.actions[batch.roles != Role.CONTEXT]
@@ -126,36 +196,48 @@ class Learner:
     def _retrieval_loss(
         self,
         users: torch.Tensor,  # (N, d)
-        table: torch.Tensor,  # (U, d) item vectors of the rows in use
-        targets: torch.Tensor,  # (N,) into table
-        negatives: npt.NDArray[np.int64],  # (K,) into table
+        table: torch.Tensor,  # (U, d) of the rows in use
+        used: npt.NDArray[np.int64],  # (U,) those rows
+        targets: npt.NDArray[np.int64],  # (N,) rows
         acted: torch.Tensor,  # (N,) an event without an action is no positive
+        sampled: npt.NDArray[np.int64],  # (K,) rows, all items' or a uniform sample
     ) -> torch.Tensor:
-        """Sampled softmax over uniform negatives, summed over events."""
-        if not len(negatives) or not acted.any():
+        """Softmax over all items or over a sample, summed over events.
+
+        The sample is the items of the step's own events on all ranks, which are popular ones, and the
+        uniform ones, which also reach what nobody takes; logQ corrects for how often each is drawn.
+        """
+        if not len(sampled):
             return users.sum() * 0
-        users, targets = users[acted], targets[acted]
-        sampled = torch.from_numpy(negatives)
-        positive = (users * table[targets]).sum(1, keepdim=True)
-        logits = torch.cat([positive, users @ table[sampled].T], dim=1) / RETRIEVAL_TEMPERATURE
-        hits = F.pad(sampled == targets[:, None], (1, 0))  # a negative that is the positive counts once
-        return -F.log_softmax(logits.masked_fill(hits, -torch.inf), dim=1)[:, 0].sum()
+        if len(sampled) <= self.config.train.full_softmax_items:
+            candidates, logs = sampled, None
+        else:
+            in_batch = self._of_all_ranks(targets[acted.numpy()])
+            candidates = np.concatenate([in_batch, sampled])
+            among = torch.from_numpy(np.searchsorted(self.vocabulary.item_rows(), candidates))
+            logs = expected_counts(self.vocabulary.popularity(), among, len(in_batch), len(sampled)).log()
+        if not acted.any():
+            return users.sum() * 0
+        asking = self.model.user_vectors(users[acted]) / RETRIEVAL_TEMPERATURE
+        at = torch.from_numpy(np.searchsorted(used, candidates))
+        vectors = self.model.item_vectors(table[at])
+        wanted = torch.from_numpy(targets)[acted]
+        if logs is None:
+            places = torch.from_numpy(np.searchsorted(candidates, wanted.numpy()))
+            return full_softmax(asking, vectors, places).sum()
+        positives = self.model.item_vectors(table[torch.from_numpy(np.searchsorted(used, wanted.numpy()))])
+        return sampled_softmax(asking, positives, vectors, wanted, torch.from_numpy(candidates), logs).sum()
 
     @torch.no_grad()
     def _predictions(
         self,
         batch: MicroBatch,
-        tokens: Tokens,
-        new: NewEvents,
+        new: Asked,
         items: npt.NDArray[np.int64],  # (E,) rows
         held: int,  # rows before this step
         logits: torch.Tensor,
         users: torch.Tensor,
     ) -> Predictions:
-        if self.config.model.dropout:
-            # Law 6: the model is judged as it would serve.
-            encoded = self._forward(tokens, new, train=False)
-            logits, users = self.model.action_logits(encoded.query), self.model.user_vectors(encoded.memory)
         at = new.events.numpy()
         sequence = np.repeat(np.arange(len(batch.users)), batch.lengths)
         return Predictions.concat(
@@ -169,7 +251,7 @@ class Learner:
                     late=batch.roles[at] == Role.NEW_LATE,
                     labels=self._labels(batch).numpy(),
                     probabilities=torch.sigmoid(logits.float()).numpy(),
-                    ranks=self._ranks_of_items(users, items[at], held),
+                    ranks=self._ranks_of_items(self.model.user_vectors(users), items[at], held),
                 )
             )
         )
@@ -248,6 +330,10 @@ class _Rows:
     items: npt.NDArray[np.int64]  # (E,)
     features: npt.NDArray[np.int64]  # (E, F), -1 where absent
 
+    def where(self, kept: npt.NDArray[np.bool_]) -> "_Rows":
+        """Those of some events."""
+        return _Rows(self.shared, self.items[kept], self.features[kept])
+
 
 def _optimizer(model: HSTU, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with a rate of its own for the bias tables.
@@ -265,18 +351,6 @@ def _optimizer(model: HSTU, config: TrainConfig) -> torch.optim.AdamW:
         {"params": tables, "lr": config.bias_learning_rate, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups)
-
-
-def _event_vectors(
-    batch: MicroBatch, rows: _Rows, used: npt.NDArray[np.int64], table: torch.Tensor
-) -> torch.Tensor:
-    """Item vector plus those of the event's features: (E, d)."""
-    vectors = F.embedding(torch.from_numpy(np.searchsorted(used, rows.items)), table)
-    for column in range(batch.features.shape[1]):
-        present = rows.features[:, column] >= 0
-        at = torch.from_numpy(np.searchsorted(used, rows.features[present, column]))
-        vectors = vectors.index_add(0, torch.from_numpy(np.flatnonzero(present)), F.embedding(at, table))
-    return vectors
 
 
 def _to_tensors(value: Any) -> Any:

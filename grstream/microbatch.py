@@ -65,6 +65,17 @@ class MicroBatch:
             read_ms=0,
         )
 
+    def where(self, kept: npt.NDArray[np.bool_]) -> "MicroBatch":
+        """The batch with some of its events, all new ones among them: (E,) says which."""
+        sequence = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        return dataclasses.replace(
+            self,
+            lengths=np.bincount(sequence[kept], minlength=len(self.lengths)).astype(np.int32),
+            **{
+                name: getattr(self, name)[kept] for name in ("items", "actions", "times", "features", "roles")
+            },
+        )
+
     def to_block(self) -> pa.Table:
         """One row with list columns: what a Ray Data block carries."""
 

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grstream.layers import LAYER_NORM_EPSILON, Layer
+from grstream.layers import LAYER_NORM_EPSILON, LAYERS, Layer
 from kernels import Sight, jagged
 
 if TYPE_CHECKING:  # one brings pydantic, which a bare GPU machine need not have
     from grstream.config import ModelConfig
     from grstream.tokens import Tokens
+
+
+KINDS = 6  # grstream.tokens.Kind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,11 +82,13 @@ class HSTU(nn.Module):
     def __init__(self, config: "ModelConfig", actions: int) -> None:
         super().__init__()
         d = config.dim
-        layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        layers = nn.ModuleList(LAYERS[config.encoder](config) for _ in range(config.layers))
         self.layers = cast(Sequence[Layer], layers)
         self.actions = nn.Parameter(torch.randn(actions, d) * d**-0.5)
-        self.memory_type = nn.Parameter(torch.randn(d) * d**-0.5)
-        self.query_type = nn.Parameter(torch.randn(d) * d**-0.5)
+        self.kinds = nn.Parameter(torch.randn(KINDS, d) * d**-0.5)
+        rows = config.absolute_positions
+        self.positions = nn.Parameter(torch.randn(rows, d) * d**-0.5) if rows else None
+        self.dropout = nn.Dropout(config.dropout)
         self.start = nn.Parameter(torch.randn(d) * d**-0.5)  # stands for the newest token of an empty history
         self.ranking = nn.Sequential(
             nn.LayerNorm(d, LAYER_NORM_EPSILON), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, actions)
@@ -98,8 +103,8 @@ class HSTU(nn.Module):
         Without it all are encoded to the end; with it the last layer computes all keys and values, but only
         the rows named.
         """
-        memory, query = self._memory(tokens), self._query(tokens)
         sight = self._own_sight(tokens)
+        memory, query = self._memory(tokens, sight.row_prefix), self._query(tokens)
         seen_by_queries = Sight(
             tokens.memory_lengths,
             tokens.memory_times,
@@ -147,7 +152,7 @@ class HSTU(nn.Module):
             return joined if order is None else joined.index_select(0, order)
 
         sight = Sight(lengths, merge(cache.times, tokens.memory_times), new, prefix, tokens.memory_times)
-        memory = self._memory(tokens)
+        memory = self._memory(tokens, prefix)
         kept: list[tuple[Tensor, Tensor]] = []
         *lower, last = self.layers
         for layer, (k, v) in zip(lower, cache.layers, strict=False):
@@ -198,13 +203,19 @@ class HSTU(nn.Module):
 
     # Tokens to rows -------------------------------------------------------------------------------------
 
-    def _memory(self, tokens: "Tokens") -> Tensor:
+    def _memory(self, tokens: "Tokens", positions: Tensor) -> Tensor:
         bits = torch.arange(len(self.actions), device=tokens.memory_actions.device)
         taken = (tokens.memory_actions.unsqueeze(1) >> bits) & 1  # (M, A)
-        return tokens.memory_items + (self.memory_type + taken.to(self.actions.dtype) @ self.actions)
+        said = self.kinds[tokens.memory_kinds] + taken.to(self.actions.dtype) @ self.actions
+        return self._placed(tokens.memory_vectors + said, positions)
 
     def _query(self, tokens: "Tokens") -> Tensor:
-        return tokens.query_items + self.query_type
+        return self._placed(tokens.query_vectors + self.kinds[tokens.query_kinds], tokens.query_prefix)
+
+    def _placed(self, x: Tensor, positions: Tensor) -> Tensor:
+        if self.positions is not None:
+            x = x + self.positions[positions.clamp(max=len(self.positions) - 1)]
+        return self.dropout(x)
 
     @staticmethod
     def _own_sight(tokens: "Tokens") -> Sight:

@@ -1,80 +1,215 @@
-"""Events as tokens: what the encoder reads (fused layout).
+"""Events as tokens: what the encoder reads.
 
-Every event is one memory token, item ⊕ features ⊕ actions, which later tokens may see. An item whose actions
-are asked for (a candidate, or a new event before its actions are known) is a query token, which nobody sees.
-Vectors of items come from the vocabulary; this module needs none of it, only numpy and torch.
+    fused        [context …] event             and, for each prediction, a candidate behind a prefix
+    interleaved  [context …] item, action      as in the paper (section 2.2): Φ_0, a_0, Φ_1, a_1, …
+
+In the fused layout an event is one memory token that carries its item and its actions, and an event that is
+to be predicted has a query token of its own item beside it, which sees the events before. In the interleaved
+layout the item's own token is asked: its actions come after it, so it cannot see them.
+
+Context is what an event was shown in (the place, the device). It enters as tokens of its own when it
+changes (section 2.1: slowly changing features are kept where they change): one for each feature that is
+present and not what it was at the event before, and for each that is present at a sequence's first event.
+They stand before the event, which sees them.
 """
 
 import dataclasses
+import enum
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from grstream.keys import ABSENT, Keys
 from kernels import jagged
 
-if TYPE_CHECKING:  # it brings pyarrow, which a bare GPU machine need not have
-    from grstream.microbatch import MicroBatch
+if TYPE_CHECKING:
+    from grstream.model import Encoded
+
+
+class Kind(enum.IntEnum):
+    """What a token says. Each kind has a learned vector."""
+
+    EVENT = 0  # fused: an item and what was done with it
+    ITEM = 1  # interleaved: an item that was shown, or may be
+    ACTION = 2  # interleaved: what was done with the item before
+    CONTEXT = 3  # a feature of the moment took this value
+    CANDIDATE = 4  # fused: an item that may be shown
+    REQUEST = 5  # the user is asking for items
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
-    """S sequences with M memory tokens and Q query tokens, each packed sequence after sequence."""
+    """Memory tokens and query tokens of S sequences, each packed sequence after sequence.
 
-    memory_lengths: Tensor  # (S,) int64: memory tokens of each sequence
-    memory_items: Tensor  # (M, d): vocabulary vectors, item + features
-    memory_actions: Tensor  # (M,) int64: bit a is set where configured action a was taken
-    memory_times: Tensor  # (M,) int64 milliseconds
-    query_lengths: Tensor  # (S,) int64: query tokens of each sequence
-    query_items: Tensor  # (Q, d)
-    query_prefix: Tensor  # (Q,) int64: memory tokens of its own sequence that the query sees
-    query_times: Tensor  # (Q,) int64 milliseconds
+    Vectors are those of the vocabulary, on the model's device and of its dtype; the rest is int64.
+    """
+
+    memory_lengths: Tensor  # (S,)
+    memory_vectors: Tensor  # (M, d) zero where a token has none
+    memory_kinds: Tensor  # (M,) Kind
+    memory_actions: Tensor  # (M,) bit a is set where configured action a was taken
+    memory_times: Tensor  # (M,) milliseconds, kernels.UNKNOWN_TIME where not known
+    query_lengths: Tensor  # (S,)
+    query_vectors: Tensor  # (Q, d)
+    query_kinds: Tensor  # (Q,) Kind
+    query_prefix: Tensor  # (Q,) memory tokens of its own sequence that the query sees
+    query_times: Tensor  # (Q,) milliseconds
+
+    @classmethod
+    def of_memory(
+        cls, lengths: Tensor, vectors: Tensor, kinds: Tensor, actions: Tensor, times: Tensor
+    ) -> "Tokens":
+        """Memory tokens alone: what `HSTU.extend` takes."""
+        none = times.new_empty(0)
+        queries = (torch.zeros_like(lengths), vectors[:0], none, none, none)
+        return cls(lengths, vectors, kinds, actions, times, *queries)
 
     @classmethod
     def of_events(cls, lengths: Tensor, items: Tensor, actions: Tensor, times: Tensor) -> "Tokens":
-        """Memory tokens alone: what `HSTU.extend` takes."""
-        none = times.new_empty(0)
-        return cls(lengths, items, actions, times, torch.zeros_like(lengths), items[:0], none, none)
+        """A memory token for each of E events in the fused layout, without context."""
+        return cls.of_memory(lengths, items, torch.full_like(times, Kind.EVENT), actions, times)
 
     @classmethod
-    def of_candidates(cls, lengths: Tensor, items: Tensor, prefix: Tensor, times: Tensor) -> "Tokens":
+    def of_candidates(
+        cls, lengths: Tensor, items: Tensor, prefix: Tensor, times: Tensor, kind: Kind = Kind.CANDIDATE
+    ) -> "Tokens":
         """Query tokens alone: what `HSTU.score` takes. `prefix` is as a rule the length of the history."""
         none = times.new_empty(0)
-        return cls(torch.zeros_like(lengths), items[:0], none, none, lengths, items, prefix, times)
+        memory = (torch.zeros_like(lengths), items[:0], none, none, none)
+        return cls(*memory, lengths, items, torch.full_like(times, kind), prefix, times)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NewEvents:
-    """The N events of a micro-batch that are predicted and learned from, in the order of the query tokens."""
+class Events:
+    """E events of S sequences, oldest first, and the K context tokens that stand before some of them."""
 
-    events: Tensor  # (N,) int64: the row of each among the batch's E events, and of its memory token
-    before: Tensor  # (N,) int64: the memory token just before it in its sequence, -1 without any
-    roles: Tensor  # (N,) uint8: Role.NEW or Role.NEW_LATE
+    lengths: Tensor  # (S,)
+    items: Tensor  # (E, d) item and item features
+    actions: Tensor  # (E,) bits
+    times: Tensor  # (E,) milliseconds
+    contexts: Tensor  # (K, d)
+    context_of: Tensor  # (K,) the event that each stands before, ascending
 
 
-def fused(batch: "MicroBatch", vectors: Tensor) -> tuple[Tokens, NewEvents]:
-    """A micro-batch's tokens: each event a memory token, and each new event a query token before it.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """Where the N events to be predicted are read out: `HSTU.forward` takes `readout`."""
 
-    A query sees the events before its own and asks at its event's time. `vectors` (E, d) are those of the
-    events' items + features; gradients flow back to them from both kinds of token.
+    events: Tensor  # (N,) the row of each among the E events
+    readout: Tensor  # memory tokens wanted, -1 for the start vector
+    interleaved: bool
+    request: bool
+
+    def ranking(self, encoded: "Encoded") -> Tensor:
+        """What each event's actions are predicted from: (N, d)."""
+        if self.interleaved:
+            return encoded.memory[-len(self.events) :] if len(self.events) else encoded.memory
+        return encoded.query[1::2] if self.request else encoded.query
+
+    def retrieval(self, encoded: "Encoded") -> Tensor:
+        """What each event's item is predicted from: (N, d)."""
+        if self.request:
+            return encoded.query if self.interleaved else encoded.query[::2]
+        return encoded.memory[: len(self.events)]
+
+
+def candidate_kind(interleaved: bool) -> Kind:
+    return Kind.ITEM if interleaved else Kind.CANDIDATE
+
+
+def changed_context(
+    context: Keys,  # (E, C) feature keys, ABSENT where an event has none
+    before: Keys,  # (E, C) those of the event before, ABSENT before a sequence's first
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The event and the column of every context token, in the tokens' order: (K,) and (K,)."""
+    event, column = np.nonzero((context != ABSENT) & (context != before))
+    return event, column
+
+
+def context_before(context: Keys, lengths: npt.NDArray[np.int32]) -> Keys:
+    """Each event's predecessor's context, ABSENT before a sequence's first event: (E, C)."""
+    before = np.empty_like(context)
+    before[1:] = context[:-1]
+    starts = np.cumsum(lengths) - lengths
+    before[starts[lengths > 0]] = ABSENT
+    return before
+
+
+def memory_tokens(events: Events, interleaved: bool) -> tuple[Tokens, Tensor]:
+    """All events as memory tokens, and which token is each event's item: (E,).
+
+    Gradients flow back to the vectors from the tokens.
     """
-    device = vectors.device
-    lengths = torch.tensor(batch.lengths, dtype=torch.int64)
-    total = len(batch.items)
-    position, owner = jagged.positions(lengths, total), jagged.owners(lengths, total)
-    times = torch.tensor(batch.times, dtype=torch.int64)
-    roles = torch.tensor(batch.roles, dtype=torch.uint8)
-    new = roles.nonzero().squeeze(1)  # every Role but CONTEXT, which is 0
-    prefix = position[new]
-    tokens = Tokens(
-        memory_lengths=lengths.to(device),
-        memory_items=vectors,
-        memory_actions=torch.tensor(batch.actions, dtype=torch.int64).to(device),
-        memory_times=times.to(device),
-        query_lengths=torch.bincount(owner[new], minlength=len(lengths)).to(device),
-        query_items=vectors.index_select(0, new.to(device)),
-        query_prefix=prefix.to(device),
-        query_times=times[new].to(device),
+    count, contexts = len(events.times), len(events.context_of)
+    arange = torch.arange(contexts + 2 * count, device=events.times.device)
+    own = 2 if interleaved else 1  # an event's tokens beside its context's
+    before = torch.bincount(events.context_of, minlength=count)  # (E,) context tokens of each
+    first = jagged.starts(before + own)
+    item = first + before
+    context = first[events.context_of] + arange[:contexts] - jagged.starts(before)[events.context_of]
+    place = torch.cat((context, item, item + 1) if interleaved else (context, item))
+    source = torch.empty_like(place).index_copy_(0, place, arange[: len(place)])
+
+    def placed(of_contexts: Tensor, of_items: Tensor, of_actions: Tensor) -> Tensor:
+        parts = (of_contexts, of_items, of_actions) if interleaved else (of_contexts, of_items)
+        return torch.cat(parts).index_select(0, source)
+
+    def each(like: Tensor, value: int) -> Tensor:
+        return torch.full_like(like, value)
+
+    kind = Kind.ITEM if interleaved else Kind.EVENT
+    silent = torch.zeros_like(events.actions)
+    lengths = torch.zeros_like(events.lengths)
+    lengths.index_add_(0, jagged.owners(events.lengths, count), before + own)
+    tokens = Tokens.of_memory(
+        lengths=lengths,
+        vectors=placed(events.contexts, events.items, torch.zeros_like(events.items)),
+        kinds=placed(each(context, Kind.CONTEXT), each(item, kind), each(item, Kind.ACTION)),
+        actions=placed(each(context, 0), silent if interleaved else events.actions, events.actions),
+        times=placed(events.times[events.context_of], events.times, events.times),
     )
-    before = torch.where(prefix > 0, new - 1, -1)
-    return tokens, NewEvents(new.to(device), before.to(device), roles[new].to(device))
+    return tokens, item
+
+
+def training_tokens(
+    events: Events, new: Tensor, interleaved: bool, request: bool = False
+) -> tuple[Tokens, Asked]:
+    """The tokens of a training step in which the events `new` (N,), ascending, are to be predicted.
+
+    With `request` an item is retrieved from a request token at the event's time; without, from the newest
+    memory token before the event's own.
+    """
+    tokens, item = memory_tokens(events, interleaved)
+    count = len(events.times)
+    owner = jagged.owners(events.lengths, count)
+    starts = jagged.starts(tokens.memory_lengths)
+    at, of = item[new], owner[new]  # (N,)
+    prefix = at - starts[of]
+    context = torch.bincount(events.context_of, minlength=count)
+    before = at - context[new] - 1
+    before = torch.where(before >= starts[of], before, -1)
+    readout = [] if request else [before]
+    asked: list[Tensor] = []  # query vectors of each new event, in order
+    kinds = []
+    if request:
+        asked.append(events.items.new_zeros(len(new), events.items.shape[1]))
+        kinds.append(Kind.REQUEST)
+    if interleaved:
+        readout.append(at)
+    else:
+        asked.append(events.items.index_select(0, new))
+        kinds.append(Kind.CANDIDATE)
+    each = len(asked)
+    if each:
+        tokens = dataclasses.replace(
+            tokens,
+            query_lengths=torch.bincount(of, minlength=len(events.lengths)) * each,
+            query_vectors=torch.stack(asked, 1).flatten(0, 1),
+            query_kinds=torch.tensor(kinds, device=new.device).repeat(len(new)),
+            query_prefix=prefix.repeat_interleave(each),
+            query_times=events.times[new].repeat_interleave(each),
+        )
+    return tokens, Asked(new, torch.cat([before[:0], *readout]), interleaved, request)

@@ -39,6 +39,7 @@ class VocabularyState:
     rows: npt.NDArray[np.float32]  # (n, dim)
     squares: npt.NDArray[np.float32]  # (n,) Adagrad's sum of mean squared gradients
     items: npt.NDArray[np.bool_]  # (n,) the key names an item, and may be retrieved
+    counts: npt.NDArray[np.int64]  # (n,) events that were about it, an item
     item_names: dict[int, str]  # of items whose ids are strings
 
 
@@ -54,6 +55,7 @@ class Vocabulary:
         self._squares = torch.empty(0)
         self._items = np.empty(0, np.bool_)
         self._keys = np.empty(0, np.int64)
+        self._counts = np.empty(0, np.int64)
 
     @classmethod
     def from_rows(
@@ -73,6 +75,7 @@ class Vocabulary:
     def from_state(cls, state: VocabularyState, seed: int) -> "Vocabulary":
         vocabulary = cls.from_rows(state.rows.shape[1], seed, state.keys, state.rows, state.items)
         vocabulary._squares[: len(state.keys)] = torch.from_numpy(np.array(state.squares))
+        vocabulary._counts[: len(state.keys)] = state.counts
         vocabulary.item_names = dict(state.item_names)
         return vocabulary
 
@@ -84,6 +87,7 @@ class Vocabulary:
             rows=self._rows[:n].numpy().copy(),
             squares=self._squares[:n].numpy().copy(),
             items=self._items[:n].copy(),
+            counts=self._counts[:n].copy(),
             item_names=dict(self.item_names),
         )
 
@@ -104,6 +108,7 @@ class Vocabulary:
             self._reserve(len(self))
             self._rows[first : len(self)] = initial_rows(keys[new], self.dim, self.seed)
             self._squares[first : len(self)] = 0
+            self._counts[first : len(self)] = 0
             self._items[rows[new]] = items[new]
             self._keys[rows[new]] = keys[new]
         return rows
@@ -127,6 +132,15 @@ class Vocabulary:
         """The rows of all items, ascending: (n,)."""
         return np.flatnonzero(self._items[: len(self)])
 
+    def count(self, rows: npt.NDArray[np.int64]) -> None:
+        """Another event about each of these items; a row may stand here several times."""
+        np.add.at(self._counts, rows, 1)
+
+    def popularity(self) -> torch.Tensor:
+        """Each item's share of the counted events, as if it had had one more: float32, as `item_rows`."""
+        counts = torch.from_numpy(self._counts[self.item_rows()] + 1)
+        return counts.float() / counts.sum().clamp(min=1)
+
     def keys_of(self, rows: npt.NDArray[np.int64]) -> Keys:
         return self._keys[rows]
 
@@ -148,3 +162,4 @@ class Vocabulary:
         self._rows, self._squares = rows, squares
         self._items = np.resize(self._items, size)
         self._keys = np.resize(self._keys, size)
+        self._counts = np.resize(self._counts, size)

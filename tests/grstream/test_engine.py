@@ -15,22 +15,24 @@ from grstream.histories import History
 from grstream.keys import ABSENT, Keys, Namespace, keys_of_ints
 from grstream.model import HSTU
 from grstream.scores import EngineNotReady, NonFiniteScores, Reuse, UnusableWeights, WrongFeatures
-from grstream.tokens import Tokens
+from grstream.tokens import Kind, Tokens
 from grstream.vocabulary import Vocabulary
 from grstream.weights import Manifest, Recipe, Weights, WeightStore, WeightsVersion
 
 MODEL = ModelConfig(layers=2, dim=16, heads=2)
-RECIPE = Recipe(model=MODEL, actions=["click", "like"], features=["context.place"], vocabulary_seed=3)
+FEATURES = ["context.place", "context.device", "item.genre"]
+RECIPE = Recipe(model=MODEL, actions=["click", "like"], features=FEATURES, vocabulary_seed=3)
 ITEMS = keys_of_ints(Namespace.ITEM, np.arange(40))  # the first 30 are known
 PLACES = keys_of_ints(Namespace.FEATURE, np.arange(5))
 NOW = 1_700_000_000_000
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
-def version(number: int) -> WeightsVersion:
+def version(number: int, layout: str = "fused") -> WeightsVersion:
     """Random weights with biases that matter; each number its own."""
     torch.manual_seed(number)
-    model = HSTU(MODEL, actions=2)
+    recipe = RECIPE.model_copy(update={"model": MODEL.model_copy(update={"layout": layout})})
+    model = HSTU(recipe.model, actions=2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name:
@@ -45,12 +47,12 @@ def version(number: int) -> WeightsVersion:
         item_names={int(ITEMS[0]): "zero"},
     )
     manifest = Manifest(
-        number=number, step=0, created_ms=0, positions={}, newest_event_ms=0, recipe=RECIPE, files={}
+        number=number, step=0, created_ms=0, positions={}, newest_event_ms=0, recipe=recipe, files={}
     )
     return WeightsVersion(manifest, weights)
 
 
-VERSIONS = {number: version(number) for number in (1, 2, 3)}
+VERSIONS = {number: version(number, "interleaved" if number == 2 else "fused") for number in (1, 2, 3)}
 
 
 def history(seed: int, n: int) -> History:
@@ -59,40 +61,65 @@ def history(seed: int, n: int) -> History:
         items=draw.choice(ITEMS, n),
         actions=draw.integers(0, 4, n).astype(np.int32),
         times=NOW - np.sort(draw.integers(0, 10**9, n))[::-1],
-        features=draw.choice([ABSENT, *PLACES], (n, 1)),
+        features=draw.choice([ABSENT, *PLACES], (n, 3)),
         epoch=0,
         appended=n,
+    )
+
+
+def model_of(held: WeightsVersion) -> HSTU:
+    model = HSTU(held.manifest.recipe.model, actions=2).eval()
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in held.weights.dense.items()})
+    return model
+
+
+def plain_tokens(held: WeightsVersion, past: History, context: Keys, at_ms: int, item: Keys) -> Tokens:
+    """Token by token: the history, what a request's context changes, and one candidate with its genre."""
+    table = Vocabulary.from_rows(MODEL.dim, 3, held.weights.keys, held.weights.rows)
+    interleaved = held.manifest.recipe.model.layout == "interleaved"
+    memory: list[tuple[torch.Tensor, Kind, int, int]] = []
+    known = np.full(2, ABSENT, np.int64)
+
+    def vector(*keys: int) -> torch.Tensor:
+        return sum((table.vectors(np.array([k]))[0][0] for k in keys if k != ABSENT), torch.zeros(MODEL.dim))
+
+    def told(context: Keys, time: int) -> None:
+        for before, now in zip(known.tolist(), context.tolist(), strict=True):
+            if now not in (ABSENT, before):
+                memory.append((vector(now), Kind.CONTEXT, 0, time))
+        known[:] = context
+
+    for i in range(len(past.items)):
+        time, bits = int(past.times[i]), int(past.actions[i])
+        told(past.features[i, :2], time)
+        shown = vector(past.items[i], past.features[i, 2])
+        if interleaved:
+            memory += [(shown, Kind.ITEM, 0, time), (torch.zeros(MODEL.dim), Kind.ACTION, bits, time)]
+        else:
+            memory.append((shown, Kind.EVENT, bits, time))
+    told(context, at_ms)
+    return Tokens(
+        memory_lengths=torch.tensor([len(memory)]),
+        memory_vectors=torch.stack([m[0] for m in memory]) if memory else torch.zeros(0, MODEL.dim),
+        **{
+            name: torch.tensor([m[i] for m in memory], dtype=torch.int64)
+            for i, name in ((1, "memory_kinds"), (2, "memory_actions"), (3, "memory_times"))
+        },
+        query_lengths=torch.tensor([1]),
+        query_vectors=vector(*item)[None],
+        query_kinds=torch.tensor([Kind.ITEM if interleaved else Kind.CANDIDATE]),
+        query_prefix=torch.tensor([len(memory)]),
+        query_times=torch.tensor([at_ms]),
     )
 
 
 @torch.inference_mode()
 def from_scratch(held: WeightsVersion, past: History, items: Keys, features: Keys, at_ms: int) -> np.ndarray:
     """Probabilities by `HSTU.forward` over whole sequences, one candidate at a time."""
-    model = HSTU(MODEL, actions=2).eval()
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in held.weights.dense.items()})
-    table = Vocabulary.from_rows(MODEL.dim, 3, held.weights.keys, held.weights.rows)
-
-    def vectors(keys: Keys, columns: Keys) -> torch.Tensor:
-        out = table.vectors(keys)[0].clone()
-        for i, feature in enumerate(columns[:, 0]):
-            if feature != ABSENT:
-                out[i] += table.vectors(np.array([feature]))[0][0]
-        return out
-
-    n = len(past.items)
-    queries = vectors(items, features)
+    model = model_of(held)
     scores = []
-    for query in queries:
-        tokens = Tokens(
-            memory_lengths=torch.tensor([n]),
-            memory_items=vectors(past.items, past.features),
-            memory_actions=torch.from_numpy(past.actions.astype(np.int64)),
-            memory_times=torch.from_numpy(past.times),
-            query_lengths=torch.tensor([1]),
-            query_items=query[None],
-            query_prefix=torch.tensor([n]),
-            query_times=torch.tensor([at_ms]),
-        )
+    for item, columns in zip(items, features, strict=True):
+        tokens = plain_tokens(held, past, columns[:2], at_ms, np.array([item, columns[2]]))
         scores.append(torch.sigmoid(model.action_logits(model(tokens).query))[0])
     return torch.stack(scores).numpy()
 
@@ -106,7 +133,9 @@ def engine(number: int | None = 1, micro_batch: int = 512, cache_bytes: int = 1 
 
 def ragged(seed: int, count: int) -> tuple[Keys, Keys]:
     draw = np.random.default_rng(seed)
-    return draw.permutation(ITEMS)[:count], draw.choice([ABSENT, *PLACES], (count, 1))
+    features = draw.choice([ABSENT, *PLACES], (count, 3))
+    features[:, :2] = features[:1, :2]  # the request's context
+    return draw.permutation(ITEMS)[:count], features
 
 
 def grown(past: History, more: History) -> History:
@@ -125,17 +154,21 @@ def cut(past: History, rows: slice | np.ndarray) -> History:
 
 @settings(max_examples=25)
 @given(
-    n=st.integers(0, 20), count=st.integers(1, 12), micro_batch=st.integers(1, 13), seed=st.integers(0, 99)
+    number=st.integers(1, 2),
+    n=st.integers(0, 20),
+    count=st.integers(1, 12),
+    micro_batch=st.integers(1, 13),
+    seed=st.integers(0, 99),
 )
 def test_scores_are_those_of_each_candidate_alone_in_any_order_and_any_micro_batch(
-    n: int, count: int, micro_batch: int, seed: int
+    number: int, n: int, count: int, micro_batch: int, seed: int
 ) -> None:
     past, (items, features) = history(seed, n), ragged(seed, count)
-    expected = from_scratch(VERSIONS[1], past, items, features, NOW)
-    ranked = engine(1, micro_batch).rank(past, items, NOW, features=features)
+    expected = from_scratch(VERSIONS[number], past, items, features, NOW)
+    ranked = engine(number, micro_batch).rank(past, items, NOW, features=features)
     np.testing.assert_allclose(ranked.probabilities, expected, **TOLERANCE)
     order = np.random.default_rng(seed).permutation(count)
-    other = engine(1, 512).rank(past, items[order], NOW, features=features[order])
+    other = engine(number, 512).rank(past, items[order], NOW, features=features[order])
     np.testing.assert_allclose(other.probabilities, expected[order], **TOLERANCE)
     assert ranked.probabilities.std() > 1e-4, "equal scores for all would prove nothing"
 
@@ -231,14 +264,17 @@ def test_the_cache_spares_what_it_can_and_nothing_that_changed() -> None:
 
 
 def test_the_least_recently_used_user_is_forgotten_first() -> None:
+    def past(user: int) -> History:  # as many tokens for every user: context would add some
+        return dataclasses.replace(history(user, 5), features=np.full((5, 3), ABSENT, np.int64))
+
     entry = engine()
-    entry.rank(history(1, 5), ITEMS[:1], NOW, user=1)
+    entry.rank(past(1), ITEMS[:1], NOW, user=1)
     served = engine(cache_bytes=entry.cache.nbytes * 2)
     for user in (1, 2, 1, 3):
-        served.rank(history(user, 5), ITEMS[:1], NOW, user=user)
-    found = {user: served.rank(history(user, 5), ITEMS[:1], NOW, user=user).reuse for user in (3, 1)}
+        served.rank(past(user), ITEMS[:1], NOW, user=user)
+    found = {user: served.rank(past(user), ITEMS[:1], NOW, user=user).reuse for user in (3, 1)}
     assert found == {3: Reuse.HIT, 1: Reuse.HIT}
-    assert served.rank(history(2, 5), ITEMS[:1], NOW, user=2).reuse is Reuse.MISS
+    assert served.rank(past(2), ITEMS[:1], NOW, user=2).reuse is Reuse.MISS
 
 
 @pytest.mark.parametrize("n", [0, 9])
@@ -254,25 +290,15 @@ def test_retrieval_is_exact_and_ranks_items_alone(n: int) -> None:
     assert len(served.retrieve(past, 5, exclude=ITEMS).items) == 0
 
 
-def test_retrieval_scores_are_the_newest_memory_token_against_item_vectors() -> None:
-    past, held = history(4, 9), VERSIONS[1]
-    model = HSTU(MODEL, actions=2).eval()
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in held.weights.dense.items()})
-    table = Vocabulary.from_rows(MODEL.dim, 3, held.weights.keys, held.weights.rows)
-    vectors = table.vectors(past.items)[0].clone()
-    for i, feature in enumerate(past.features[:, 0]):
-        if feature != ABSENT:
-            vectors[i] += table.vectors(np.array([feature]))[0][0]
-    tokens = Tokens.of_events(
-        torch.tensor([9]),
-        vectors,
-        torch.from_numpy(past.actions.astype(np.int64)),
-        torch.from_numpy(past.times),
-    )
+@pytest.mark.parametrize("number", [1, 2])
+def test_retrieval_scores_are_the_newest_memory_token_against_item_vectors(number: int) -> None:
+    past, held = history(4, 9), VERSIONS[number]
+    model, none = model_of(held), np.full(2, ABSENT, np.int64)
     with torch.inference_mode():
-        user = model.user_vectors(model(tokens).memory[-1:])
-        scores = (user @ model.item_vectors(torch.from_numpy(held.weights.rows[:30])).T)[0].numpy()
-    found = engine().retrieve(past, 30)
+        memory = model(plain_tokens(held, past, none, NOW, none)).memory
+        table = model.item_vectors(torch.from_numpy(held.weights.rows[:30]))
+        scores = (model.user_vectors(memory[-1:]) @ table.T)[0].numpy()
+    found = engine(number).retrieve(past, 30)
     by_key = dict(zip(found.items.tolist(), found.scores.tolist(), strict=True))
     np.testing.assert_allclose([by_key[k] for k in ITEMS[:30].tolist()], scores, **TOLERANCE)
 
@@ -317,13 +343,20 @@ def test_features_other_than_those_trained_with_are_refused() -> None:
     with pytest.raises(WrongFeatures, match=r"context\.place"):
         engine().rank(two, ITEMS[:1], NOW)
     with pytest.raises(WrongFeatures, match=r"context\.place"):
-        engine().rank(history(1, 3), ITEMS[:2], NOW, features=np.full((1, 1), ABSENT, np.int64))
+        engine().rank(history(1, 3), ITEMS[:2], NOW, features=np.full((1, 3), ABSENT, np.int64))
+
+
+def test_candidates_of_one_request_share_its_context() -> None:
+    features = np.full((2, 3), ABSENT, np.int64)
+    features[1, 1] = PLACES[0]
+    with pytest.raises(WrongFeatures, match="the same for all candidates"):
+        engine().rank(history(1, 3), ITEMS[:2], NOW, features=features)
 
 
 def test_requests_during_swaps_are_each_answered_by_one_version() -> None:
     served, past = engine(1), history(2, 8)
     expected = {
-        n: from_scratch(v, past, ITEMS[:4], np.full((4, 1), ABSENT, np.int64), NOW)
+        n: from_scratch(v, past, ITEMS[:4], np.full((4, 3), ABSENT, np.int64), NOW)
         for n, v in VERSIONS.items()
     }
     done, seen = threading.Event(), set()

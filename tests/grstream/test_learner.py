@@ -18,13 +18,13 @@ from grstream.ranks import Ranks
 from tests.grstream.micro_batches import micro_batch, random_batches
 
 
-def small_config(seed: int = 0, **model: object) -> config.Config:
+def small_config(seed: int = 0, train: dict[str, object] | None = None, **model: object) -> config.Config:
     return config.parse(
         {
             "storage": "unused",
-            "events": {"actions": ["seen", "liked"]},
+            "events": {"actions": ["seen", "liked"], "item_features": ["genre"]},
             "model": {"layers": 2, "dim": 8, "heads": 2, **model},
-            "train": {"negatives": 8, "seed": seed, "learning_rate": 3e-3},
+            "train": {"negatives": 8, "seed": seed, "learning_rate": 3e-3, **(train or {})},
         }
     )
 
@@ -122,6 +122,48 @@ def test_features_reach_the_prediction() -> None:
     one, two = learner.step(plain).predictions, other.step(told).predictions
     assert not np.array_equal(one.probabilities, two.probabilities)
     assert len(other.vocabulary) == 2
+
+
+def test_what_a_loss_weighs_nothing_is_not_learned() -> None:
+    weighed = Learner(small_config(train={"action_weights": {"liked": 0}, "retrieval_weight": 0}))
+    plain = Learner(small_config(train={"retrieval_weight": 0}))
+    for batch in random_batches(3, 200):
+        said = [learner.step(batch).predictions.probabilities.std(0) for learner in (weighed, plain)]
+    assert said[0][1] < 0.1 < said[1][1], "liking follows the item, which is found out only where it weighs"
+
+
+@pytest.mark.parametrize("full", [0, 100])
+def test_the_retrieval_loss_learns_what_comes_next(full: int) -> None:
+    """Each user goes round the items, so that the newest one tells the next."""
+    learner = Learner(small_config(train={"full_softmax_items": full, "retrieval_weight": 1.0}))
+    hits = []
+    for step in range(200):
+        sequences = []
+        for user in range(8):
+            start = (7 * user + 3 * step) % 20
+            items = [(start + i) % 20 for i in range(4)]
+            sequences.append((user, [(i, 1, 1) for i in items[:3]], [(items[3], 1, 2)]))
+        hits.append((learner.step(micro_batch(sequences, 8 * step)).predictions.ranks == 0).mean())
+    assert np.mean(hits[:20]) < 0.4
+    assert np.mean(hits[-20:]) > 0.9
+
+
+def test_stochastic_length_shortens_what_is_learned_from_and_says_by_how_much() -> None:
+    short = config.parse(
+        {
+            "storage": "unused",
+            "events": {"actions": ["seen"]},
+            "histories": {"window": 16, "chunk": 4},
+            "model": {"layers": 1, "dim": 8, "heads": 1},
+            "train": {"stochastic_length": 1.1},
+        }
+    )
+    learner = Learner(short)
+    old = [(i, 1, i) for i in range(15)]
+    reports = [learner.step(micro_batch([(1, old, [(3, 1, 99)])], offset)) for offset in range(40)]
+    kept = [r.tokens - 1 for r in reports]
+    assert set(kept) == {5, 16}, "16^.55 = 4.6 events, or all of them"
+    assert [r.sparsity for r in reports] == pytest.approx([1 - k / 16 for k in kept])
 
 
 def _train_rank(rank: int, port: int, directory: str) -> None:

@@ -1,6 +1,7 @@
 """The encoder around the attention: shapes, refusals, learning, and micro-batches as tokens."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from grstream.config import ModelConfig
 from grstream.microbatch import MicroBatch, Role
 from grstream.model import HSTU, Cache
-from grstream.tokens import fused
+from grstream.tokens import Asked, Events, Tokens, training_tokens
 from tests.token_sequences import ACTIONS, FP32, candidates, encoder, events, tokens, user
 
 CONFIG = ModelConfig(dim=12, layers=2, heads=3, qk_dim=2, v_dim=5)
@@ -35,22 +36,13 @@ def batch(lengths: list[int], roles: list[int]) -> MicroBatch:
     return MicroBatch(**columns, ranges=(), item_names={}, newest_event_ms=0, read_ms=0)
 
 
-def test_each_new_event_is_asked_before_its_actions_are_known() -> None:
-    c, n, late = Role.CONTEXT, Role.NEW, Role.NEW_LATE
-    vectors = torch.randn(7, 12, requires_grad=True)
-    packed, new = fused(batch([3, 0, 1, 3], [c, c, n, n, late, c, n]), vectors)
-    assert packed.memory_lengths.tolist() == [3, 0, 1, 3]
-    assert packed.query_lengths.tolist() == [1, 0, 1, 2]
-    assert packed.query_prefix.tolist() == [2, 0, 0, 2]
-    assert packed.query_times.tolist() == [2_000, 3_000, 4_000, 6_000]
-    assert packed.memory_actions.tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert new.events.tolist() == [2, 3, 4, 6]
-    assert new.before.tolist() == [1, -1, -1, 5]
-    assert new.roles.tolist() == [n, n, late, n]
-    assert packed.query_items.equal(vectors[new.events])
-    packed.query_items.sum().backward()
-    assert vectors.grad is not None
-    assert vectors.grad[:, 0].tolist() == [0, 0, 1, 1, 1, 0, 1]
+def fused(batch: MicroBatch, vectors: torch.Tensor, interleaved: bool = False) -> tuple[Tokens, Asked]:
+    """The tokens of a micro-batch without features."""
+    none = torch.empty(0, dtype=torch.int64)
+    columns = (torch.tensor(getattr(batch, f), dtype=torch.int64) for f in ("lengths", "actions", "times"))
+    lengths, actions, times = columns
+    events = Events(lengths, vectors, actions, times, vectors[:0], none)
+    return training_tokens(events, torch.tensor(np.flatnonzero(batch.roles)), interleaved)
 
 
 def test_an_empty_batch_is_encoded_and_trained_on_as_nothing() -> None:
@@ -59,18 +51,26 @@ def test_an_empty_batch_is_encoded_and_trained_on_as_nothing() -> None:
         fused(MicroBatch.empty(), torch.zeros(0, 12)),
         fused(batch([0, 2], [Role.CONTEXT] * 2), torch.zeros(2, 12)),
     ):
-        encoded = model(packed, new.before)
+        encoded = model(packed, new.readout)
         assert encoded.memory.shape == encoded.query.shape == (0, 12)
-        model.action_logits(encoded.query).sum().backward()
+        model.action_logits(new.ranking(encoded)).sum().backward()
 
 
-def test_the_actions_of_an_event_are_hidden_from_its_own_query_and_seen_by_the_next() -> None:
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_actions_of_an_event_are_hidden_from_its_own_query_and_seen_by_the_next(
+    interleaved: bool,
+) -> None:
     model, before = encoder(CONFIG), batch([3], [Role.CONTEXT, Role.NEW, Role.NEW])
     changed = copy.copy(before.actions)
     changed[1] ^= 3
     after = MicroBatch(**{**vars(before), "actions": changed})
     vectors = torch.randn(3, 12)
-    own, following = model(fused(before, vectors)[0]).query - model(fused(after, vectors)[0]).query
+
+    def ranked(batch: MicroBatch) -> torch.Tensor:
+        packed, new = fused(batch, vectors, interleaved)
+        return new.ranking(model(packed, new.readout))
+
+    own, following = ranked(before) - ranked(after)
     assert own.abs().max() == 0
     assert following.abs().max() > 1e-3
 
@@ -90,10 +90,20 @@ def assert_unit(vectors: torch.Tensor, count: int) -> None:
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(count))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_parameter_learns(dtype: str) -> None:
-    model = encoder(CONFIG.model_copy(update={"dtype": dtype}))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"attention": "softmax", "position_bias": "exact"},
+        {"encoder": "transformer", "absolute_positions": 9, "dropout": 0.1},
+    ],
+)
+def test_every_parameter_learns(change: dict[str, object]) -> None:
+    model = encoder(CONFIG.model_copy(update=change)).train()
     users = [user(70, [70, 3], 12, "any"), user(0, [0], 12)]
+    kinds = torch.arange(70) % 6  # all of them, which no layout has
+    users[0] = dataclasses.replace(users[0], kinds=kinds)
     encoded = model(tokens(users), torch.tensor([69, -1]))
     loss = model.action_logits(encoded.query).square().sum()
     loss = loss + model.user_vectors(encoded.memory)[:, :3].sum()
@@ -104,13 +114,28 @@ def test_every_parameter_learns(dtype: str) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("encoder_name", ["hstu", "transformer"])
+def test_an_encoder_without_any_bias_of_position_does_not_know_the_order(encoder_name: str) -> None:
+    change = {"encoder": encoder_name, "position_bias": "none", "time_bias": False, "layers": 1}
+    bare, asking = encoder(CONFIG.model_copy(update=change)), user(6, [6], 12)
+    turned = dataclasses.replace(
+        asking,
+        **{name: getattr(asking, name).flip(0) for name in ("items", "kinds", "actions")},
+    )
+    torch.testing.assert_close(bare(tokens([turned])).query, bare(tokens([asking])).query, **FP32)
+    for told in ({"position_bias": "exact"}, {"absolute_positions": 4}):
+        model = encoder(CONFIG.model_copy(update={**change, **told}))
+        one, other = model(tokens([turned])).query, model(tokens([asking])).query
+        assert (one - other).abs().max() > 1e-3, told
+
+
 def test_whole_model_gradients_agree_with_finite_differences() -> None:
     model = encoder(CONFIG).double()
     packed = tokens([user(4, [4, 1], 12), user(0, [0], 12)])
-    items, asked = packed.memory_items.double(), packed.query_items.double()
+    items, asked = packed.memory_vectors.double(), packed.query_vectors.double()
 
     def loss(items: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-        changed = type(packed)(**{**vars(packed), "memory_items": items, "query_items": asked})
+        changed = type(packed)(**{**vars(packed), "memory_vectors": items, "query_vectors": asked})
         encoded = model(changed, torch.tensor([3, -1]))
         return model.action_logits(encoded.query).sum() + model.user_vectors(encoded.memory)[:, 0].sum()
 
@@ -185,8 +210,8 @@ def test_float64_is_carried_through() -> None:
     wide = type(packed)(
         **{
             **vars(packed),
-            "memory_items": packed.memory_items.double(),
-            "query_items": packed.query_items.double(),
+            "memory_vectors": packed.memory_vectors.double(),
+            "query_vectors": packed.query_vectors.double(),
         }
     )
     query = model(wide).query

@@ -13,15 +13,21 @@ from grstream.keys import Namespace, keys_of_ints
 from grstream.learner import Learner
 from grstream.weights import Manifest, Recipe, WeightsVersion
 
-CONFIG = config.parse(
-    {
-        "storage": "unused",
-        "events": {"actions": ["seen", "liked"], "context": ["place"]},
-        "histories": {"window": 6, "chunk": 2, "lateness_ms": 2_000},
-        "model": {"layers": 2, "dim": 8, "heads": 2, "dropout": 0.3},
-        "train": {"negatives": 4, "learning_rate": 0.01},
-    }
-)
+CONFIGS = {
+    layout: config.parse(
+        {
+            "storage": "unused",
+            "events": {"actions": ["seen", "liked"], "context": ["place"], "item_features": ["genre"]},
+            "histories": {"window": 6, "chunk": 2, "lateness_ms": 2_000},
+            "model": {"layers": 2, "dim": 8, "heads": 2, "layout": layout, **model},
+            "train": {"negatives": 4, "learning_rate": 0.01, **train},
+        }
+    )
+    for layout, model, train in (
+        ("fused", {"dropout": 0.3}, {}),
+        ("interleaved", {}, {"stochastic_length": 1.2, "full_softmax_items": 50}),
+    )
+}
 
 
 def stream(seed: int, events: int) -> EventBatch:
@@ -37,8 +43,8 @@ def stream(seed: int, events: int) -> EventBatch:
         actions=draw.integers(1, 4, events).astype(np.int32),
         times=np.where(late, times - draw.integers(0, 4_000, events), times),
         features=np.where(
-            draw.random((events, 1)) < 0.5,
-            keys_of_ints(Namespace.FEATURE, draw.integers(0, 3, (events, 1))),
+            draw.random((events, 2)) < 0.5,
+            keys_of_ints(Namespace.FEATURE, draw.integers(0, 3, (events, 2))),
             0,
         ),
         event_keys=np.zeros(events, np.int64),
@@ -60,19 +66,25 @@ def served_version(learner: Learner) -> WeightsVersion:
         created_ms=0,
         positions={},
         newest_event_ms=0,
-        recipe=Recipe.of(CONFIG),
+        recipe=Recipe.of(learner.config),
         files={},
     )
     return WeightsVersion(manifest, learner.weights())
 
 
-@given(seed=st.integers(0, 1_000), cuts=st.lists(st.integers(1, 12), min_size=3, max_size=5))
-@settings(max_examples=15)
-def test_a_trainer_says_of_an_event_what_a_server_would_have_said(seed: int, cuts: list[int]) -> None:
-    events = stream(seed, sum(cuts))
-    learner, engine = Learner(CONFIG), Engine(CONFIG.serve)
-    trainers = RollingHistories(CONFIG.histories, features=1)
-    servers = RollingHistories(CONFIG.histories, features=1, track_new=False)
+@given(
+    layout=st.sampled_from(sorted(CONFIGS)),
+    seed=st.integers(0, 1_000),
+    cuts=st.lists(st.integers(1, 12), min_size=3, max_size=5),
+)
+@settings(max_examples=20)
+def test_a_trainer_says_of_an_event_what_a_server_would_have_said(
+    layout: str, seed: int, cuts: list[int]
+) -> None:
+    config, events = CONFIGS[layout], stream(seed, sum(cuts))
+    learner, engine = Learner(config), Engine(config.serve)
+    trainers = RollingHistories(config.histories, features=2)
+    servers = RollingHistories(config.histories, features=2, track_new=False)
     at = 0
     for size in cuts:
         engine.swap(served_version(learner))
