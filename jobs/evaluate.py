@@ -1,12 +1,18 @@
 """Evaluate a model.
 
     python jobs/evaluate.py stream --config configs/ml-100k.yaml --action liked [--seeds 3]
+    python jobs/evaluate.py ml-1m --data sequences.parquet [--config configs/ml-1m.yaml ...] [--seeds 3]
+    python jobs/evaluate.py ml-100k --data u.data [--config configs/ml-100k-next.yaml ...] [--seeds 3]
 
 `stream` trains on the topic's events up to now, in one pass from the beginning for each seed, and compares
 the prequential normalized entropy of an action over the second half with three running rates computed over
 the same events in the same order: global, smoothed per item, and smoothed user plus item in log-odds. The
 topic must hold the data (jobs/replay.py). Each seed's state is kept in <storage>/seed-<n>; a run that was
 cut goes on.
+
+`ml-1m` and `ml-100k` train on MovieLens with each user's last two items held out, and rank these among all
+items (grstream.leave_one_out): a row of the table for each --config, beside the published ones. They need
+neither Ray nor a broker. A run's state is kept in <output>/<config>/seed-<n>; one that was cut goes on.
 """
 
 import argparse
@@ -14,6 +20,7 @@ import json
 import logging
 import statistics
 import sys
+from collections.abc import Sequence
 
 import ray
 from rich.console import Console
@@ -26,11 +33,18 @@ from grstream.kafka import BrokerUnavailable, TopicMissing
 from grstream.predictions import read
 from grstream.train import LASTING, NotEnoughCpus, train
 from grstream.until import Until
+from jobs import leave_one_out
 
 
-def main() -> int:
-    options = _options()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate; the exit status."""
+    options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    status: int = options.run(options)
+    return status
+
+
+def _stream(options: argparse.Namespace) -> int:
     try:
         config = load(options.config)
         action = _action(config, options.action)
@@ -91,14 +105,19 @@ def _show(action: str, results: list[Comparison]) -> None:
     print(json.dumps(figures))
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate a model.")
+def _parser() -> argparse.ArgumentParser:
+    description, _, details = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     stream = commands.add_parser("stream", help="prequential entropy beside running rates")
     stream.add_argument("--config", required=True, help="the system's YAML")
     stream.add_argument("--action", required=True, help="which of the configured actions")
     stream.add_argument("--seeds", type=int, default=3, help="passes over the stream, each with its own seed")
-    return parser.parse_args()
+    stream.set_defaults(run=_stream)
+    leave_one_out.add_commands(commands)
+    return parser
 
 
 if __name__ == "__main__":
