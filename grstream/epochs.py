@@ -35,7 +35,8 @@ from grstream.leave_one_out import (
 )
 from grstream.model import HSTU
 from grstream.retrieval import expected_counts, full_softmax, sampled_softmax
-from grstream.tokens import Tokens
+from grstream.tokens import Kind, Tokens
+from kernels import jagged
 
 VALIDATION, TEST = 2, 1  # items from the end
 CRITERION = "NDCG@10"  # of the validation items: what early stopping goes by
@@ -66,6 +67,11 @@ class EpochsConfig(Section):
         lt=1,
         description="decay a step of the average of the weights, which is what is evaluated",
     )
+    request: bool = pydantic.Field(
+        False,
+        description="ask at the time of the next event, by a token that nobody sees, instead of reading what "
+        "comes next off the newest event; for data with times",
+    )
     temperature: float = pydantic.Field(0.05, gt=0)
     loss: Literal["full", "sampled"] = "full"
     negatives: int = pydantic.Field(512, ge=1, description="uniform ones, beside those in the batch; sampled")
@@ -95,9 +101,10 @@ def load(path: str | os.PathLike[str]) -> RunConfig:
 class Recommender(nn.Module):
     """An encoder, and a vector for each of V items, which is both what it reads and what it retrieves."""
 
-    def __init__(self, config: ModelConfig, items: int) -> None:
+    def __init__(self, config: ModelConfig, items: int, request: bool) -> None:
         super().__init__()
         self.encoder = HSTU(config, actions=1)
+        self.request = request
         # As in the public code: small vectors, scaled up where they are read. What is retrieved is unit
         # vectors, whose direction a step of Adam turns the faster the shorter they are.
         self.items = nn.Parameter(torch.randn(items, config.dim) * 0.02)
@@ -107,8 +114,22 @@ class Recommender(nn.Module):
         """Unit vectors of what comes after each event, or after those that `readout` names: (E or N, d)."""
         vectors = nn.functional.embedding(batch.items, self.items) * self.scale
         tokens = Tokens.of_events(batch.lengths, vectors, torch.zeros_like(batch.items), batch.times)
-        users: Tensor = self.encoder.user_vectors(self.encoder(tokens, readout).memory)
-        return users
+        if not self.request:
+            newest: Tensor = self.encoder(tokens, readout).memory
+            return self.encoder.user_vectors(newest)
+        at = torch.arange(len(batch.items)) if readout is None else readout
+        owner = jagged.owners(batch.lengths, len(batch.items))[at]
+        times = batch.target_times[at]
+        tokens = dataclasses.replace(
+            tokens,
+            query_lengths=torch.bincount(owner, minlength=len(batch.lengths)),
+            query_vectors=vectors.new_zeros(len(at), vectors.shape[1]),
+            query_kinds=torch.full_like(times, Kind.REQUEST),
+            query_prefix=at - jagged.starts(batch.lengths)[owner] + 1,
+            query_times=times,
+        )
+        asked: Tensor = self.encoder(tokens, at[:0]).query
+        return self.encoder.user_vectors(asked)
 
     def table(self) -> Tensor:
         """Unit vectors of all items: (V, d)."""
@@ -165,7 +186,7 @@ class Training:
     def __init__(self, data: Sequences, config: RunConfig, seed: int) -> None:
         torch.manual_seed(seed)
         self.data, self.config, self.seed = data, config, seed
-        self.model = Recommender(config.model, len(data.ids))
+        self.model = Recommender(config.model, len(data.ids), config.epochs.request)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.log: list[Epoch] = []
         self.steps = 0

@@ -124,6 +124,7 @@ class Batch:
     items: Tensor  # (E,) int64
     times: Tensor  # (E,) int64 milliseconds
     targets: Tensor  # (E,) int64
+    target_times: Tensor  # (E,) int64 milliseconds
 
 
 def training_windows(
@@ -163,7 +164,7 @@ def training_batches(
 
 def _batch(data: Sequences, begins: Int64s, lengths: Int64s) -> Batch:
     at = np.repeat(begins - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-    arrays = (lengths, data.items[at], data.times[at], data.items[at + 1])
+    arrays = (lengths, data.items[at], data.times[at], data.items[at + 1], data.times[at + 1])
     return Batch(*map(torch.from_numpy, arrays))
 
 

@@ -233,6 +233,26 @@ def test_what_can_be_learned_is_learned(tmp_path: pathlib.Path, loss: str) -> No
     assert result.best_epoch <= result.epochs <= 12
 
 
+def test_a_request_tells_the_time_of_what_is_asked_for(tmp_path: pathlib.Path) -> None:
+    """What comes next depends on nothing but how long it takes to come."""
+    random = np.random.default_rng(0)
+    items = random.integers(4, size=(80, 12))
+    times = np.cumsum(10 ** (items + 3), axis=1)
+    users = np.repeat(np.arange(80), 12)
+    data = sequences(users, items.ravel(), times.ravel())
+    data = dataclasses.replace(data, ids=np.arange(4))
+    found = {}
+    for request in (False, True):
+        config = settings(epochs=10, request=request, softmax_dtype="float32")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"time_bias": True})})
+        training = Training(data, config, 0)
+        for _ in range(10):
+            training.epoch()
+        found[request] = training.log[-1].loss
+    assert found[False] > 0.95 * math.log(4)
+    assert found[True] < 0.5 * math.log(4)
+
+
 def test_a_run_that_was_cut_ends_as_one_that_was_not(tmp_path: pathlib.Path) -> None:
     data, config = steps_of(3), settings()
     whole = Training(data, config, seed=3)
