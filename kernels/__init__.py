@@ -3,6 +3,7 @@
 import importlib
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from kernels.buckets import (
@@ -30,11 +31,11 @@ __all__ = [
     "time_bucket",
 ]
 
-Implementation = Literal["auto", "reference"]
+Implementation = Literal["auto", "reference", "cpu"]
 
 # Modules, each with an `attention` of the same signature; imported when first asked for, as not every machine
 # can run every one.
-_IMPLEMENTATIONS = {"reference": "kernels.reference"}
+_IMPLEMENTATIONS = {"reference": "kernels.reference", "cpu": "kernels.cpu"}
 
 
 def chosen(q: Tensor, softmax: bool = False, implementation: str = "auto") -> str:
@@ -43,7 +44,7 @@ def chosen(q: Tensor, softmax: bool = False, implementation: str = "auto") -> st
     Raises ValueError for an unknown one.
     """
     if implementation == "auto":
-        return "reference"
+        return "cpu" if q.device.type == "cpu" and q.dtype != torch.float64 else "reference"
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"no implementation {implementation!r} of attention: use auto, {', '.join(_IMPLEMENTATIONS)}"
