@@ -26,7 +26,7 @@ class Progress:
     positions: dict[int, int]  # partition -> first offset not consumed
     newest_event_ms: int
     strays: int  # users seen in more than one partition, see `grstream.strays`
-    figures: dict[str, float]  # prequential quality, see `grstream.metrics`
+    figures: dict[str, float]  # prequential quality, see `grstream.metrics`; and `sparsity` if configured
     version: int  # newest published weights, 0 before the first
     checkpoint: int  # newest checkpoint, 0 before the first
 

@@ -99,6 +99,7 @@ class Trainer:
         self._ledger = Ledger()
         self._events = 0
         self._newest_event_ms = 0
+        self._sparsity: list[float] = []  # of each step since the last report
         self._strays = StrayUsers()
         self._store = CheckpointStore(config.storage / "checkpoints")
         self._weights = WeightStore(config.storage / "weights")
@@ -194,6 +195,8 @@ class Trainer:
             self._ledger.add(r)
         self._events += events
         self._newest_event_ms = max(self._newest_event_ms, *(vote.newest_event_ms for vote in votes))
+        if report:
+            self._sparsity.append(report.sparsity)
         if self._predictions and report:
             self._predictions.append(report.predictions)
         if self._journal:
@@ -204,6 +207,7 @@ class Trainer:
                     "ranking_loss": report.ranking_loss,
                     "retrieval_loss": report.retrieval_loss,
                     "tokens": report.tokens,
+                    "sparsity": report.sparsity,
                 }
             self._journal.settled(ranges, events=events, **figures)
 
@@ -306,6 +310,10 @@ class Trainer:
         if not self._journal:
             return
         positions = {p: self._ledger.watermark(p) or 0 for p in self._ledger.partitions()}
+        figures = self._learner.metrics.figures()
+        if self._config.train.stochastic_length is not None and self._sparsity:
+            figures["sparsity"] = sum(self._sparsity) / len(self._sparsity)
+        self._sparsity.clear()
         progress = Progress(
             at_ms=time.time_ns() // 1_000_000,
             step=self._learner.steps,
@@ -314,7 +322,7 @@ class Trainer:
             positions=positions,
             newest_event_ms=self._newest_event_ms,
             strays=len(self._strays),
-            figures={k: float(v) for k, v in self._learner.metrics.figures().items() if math.isfinite(v)},
+            figures={k: float(v) for k, v in figures.items() if math.isfinite(v)},
             version=self._version,
             checkpoint=self._checkpoint_number,
         )

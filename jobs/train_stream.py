@@ -52,6 +52,7 @@ class Lines:
             f"{rate:,.0f}/s",
             "lag unknown" if lag is None else f"lag {lag:,}",
             *(f"NE {name[3:]} {value:.3f}" for name, value in now.figures.items() if name.startswith("ne/")),
+            *(f"sparsity {now.figures[name]:.0%}" for name in ("sparsity",) if name in now.figures),
             f"step {now.step}",
             f"version {now.version}",
             f"checkpoint {now.checkpoint}",

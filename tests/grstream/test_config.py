@@ -21,7 +21,11 @@ GOOD = {"storage": "var/x", "events": {"actions": ["click"]}}
         ({"events": {"actions": ["a", "a"]}}, "twice"),
         ({"events": {"actions": ["no spaces"]}}, "events.actions.0"),
         ({"events": {"actions": [f"a{i}" for i in range(32)]}}, "events.actions"),
-        ({"model": {"layout": "interleaved"}}, "model.layout"),
+        ({"model": {"layout": "both"}}, "model.layout"),
+        ({"model": {"feedforward": 64}}, "feedforward belongs to encoder: transformer"),
+        ({"model": {"encoder": "transformer", "attention": "silu"}}, "attends by softmax"),
+        ({"train": {"action_weights": {"nap": 1}}}, "action_weights names nap"),
+        ({"train": {"stochastic_length": 1.0}}, "train.stochastic_length"),
         ({"storage": None}, "storage"),
     ],
 )
