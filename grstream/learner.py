@@ -51,17 +51,22 @@ class StepReport:
 class Learner:
     """A model in training. All ranks call `step` together, an idle one with an empty batch."""
 
-    def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, config: Config, ranks: Ranks | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         torch.manual_seed(config.train.seed)
         self.config = config
         self.ranks = ranks or Ranks()
-        self.model = HSTU(config.model, actions=len(config.events.actions))
-        self.vocabulary = Vocabulary(config.model.dim, config.train.seed)
+        self.device = torch.device(device)
+        self.model = HSTU(config.model, actions=len(config.events.actions)).to(self.device)
+        self.vocabulary = Vocabulary(config.model.dim, config.train.seed, self.device)
         self.metrics = StreamMetrics(config.events.actions, config.train.recent_events)
         self.steps = 0
         self._optimizer = _optimizer(self.model, config.train)
         weights = config.train.action_weights
-        self._action_weights = torch.tensor([weights.get(name, 1.0) for name in config.events.actions])
+        self._action_weights = torch.tensor(
+            [weights.get(name, 1.0) for name in config.events.actions], device=self.device
+        )
 
     def step(self, batch: MicroBatch) -> StepReport:
         """Predict the new events, then learn from them. Raises NonFiniteLoss, having changed nothing."""
@@ -84,7 +89,9 @@ class Learner:
         ]
         total = np.sum(self.ranks.gather(np.array(counts, np.float64)), axis=0)
 
-        of_actions = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none")
+        of_actions = F.binary_cross_entropy_with_logits(
+            logits.float(), labels.float().to(self.device), reduction="none"
+        )
         ranking = (of_actions * self._action_weights).sum()
         targets = rows.items[batch.roles != Role.CONTEXT]
         retrieval = self._retrieval_loss(users, table, used, targets, acted, sampled)
@@ -99,7 +106,7 @@ class Learner:
         self.vocabulary.count(self._of_all_ranks(targets))
         self.metrics.update(predictions)
         self.steps += 1
-        shown = np.sum(self.ranks.gather(losses.detach().double().numpy()), axis=0)
+        shown = np.sum(self.ranks.gather(losses.detach().double().cpu().numpy()), axis=0)
         return StepReport(
             step=self.steps,
             predictions=predictions,
@@ -137,6 +144,10 @@ class Learner:
         random = np.random.default_rng((self.config.train.seed, self.steps))
         return items[random.integers(len(items), size=self.config.train.negatives)]
 
+    def _tensor(self, array: npt.NDArray) -> torch.Tensor:
+        """A copy as int64 on the device: Arrow's arrays are read-only, and narrow."""
+        return torch.tensor(array, dtype=torch.int64, device=self.device)
+
     def _of_all_ranks(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return np.concatenate(self.ranks.gather(rows))
 
@@ -162,7 +173,7 @@ class Learner:
         if kept is not None:
             batch, rows = batch.where(kept), rows.where(kept)
         events = self._events(batch, rows, used, table)
-        new = torch.from_numpy(np.flatnonzero(batch.roles != Role.CONTEXT))
+        new = self._tensor(np.flatnonzero(batch.roles != Role.CONTEXT))
         tokens, asked = training_tokens(events, new, self.config.model.layout == "interleaved", REQUEST)
         encoded = self.model(tokens, asked.readout)
         return tokens, asked, asked.ranking(encoded), asked.retrieval(encoded)
@@ -173,20 +184,20 @@ class Learner:
         """The events' vectors: that of the item plus those of its features, and of what context changed."""
         contexts = len(self.config.events.context)
         place = np.searchsorted(used, rows.items)
-        vectors = F.embedding(torch.from_numpy(place), table)
+        vectors = F.embedding(self._tensor(place), table)
         for column in range(contexts, batch.features.shape[1]):
             present = rows.features[:, column] >= 0
-            at = torch.from_numpy(np.searchsorted(used, rows.features[present, column]))
-            vectors = vectors.index_add(0, torch.from_numpy(np.flatnonzero(present)), F.embedding(at, table))
+            at = self._tensor(np.searchsorted(used, rows.features[present, column]))
+            vectors = vectors.index_add(0, self._tensor(np.flatnonzero(present)), F.embedding(at, table))
         context = batch.features[:, :contexts]
         event, which = changed_context(context, context_before(context, batch.lengths))
         return Events(
-            lengths=torch.tensor(batch.lengths, dtype=torch.int64),
+            lengths=self._tensor(batch.lengths),
             items=vectors,
-            actions=torch.tensor(batch.actions, dtype=torch.int64),
-            times=torch.tensor(batch.times, dtype=torch.int64),
-            contexts=F.embedding(torch.from_numpy(np.searchsorted(used, rows.features[event, which])), table),
-            context_of=torch.from_numpy(event),
+            actions=self._tensor(batch.actions),
+            times=self._tensor(batch.times),
+            contexts=F.embedding(self._tensor(np.searchsorted(used, rows.features[event, which])), table),
+            context_of=self._tensor(event),
         )
 
     def _labels(self, batch: MicroBatch) -> torch.Tensor:
@@ -215,18 +226,19 @@ class Learner:
             in_batch = self._of_all_ranks(targets[acted.numpy()])
             candidates = np.concatenate([in_batch, sampled])
             among = torch.from_numpy(np.searchsorted(self.vocabulary.item_rows(), candidates))
-            logs = expected_counts(self.vocabulary.popularity(), among, len(in_batch), len(sampled)).log()
+            counts = expected_counts(self.vocabulary.popularity(), among, len(in_batch), len(sampled))
+            logs = counts.log().to(self.device)
         if not acted.any():
             return users.sum() * 0
-        asking = self.model.user_vectors(users[acted]) / RETRIEVAL_TEMPERATURE
-        at = torch.from_numpy(np.searchsorted(used, candidates))
-        vectors = self.model.item_vectors(table[at])
-        wanted = torch.from_numpy(targets)[acted]
+        asking = self.model.user_vectors(users[acted.to(self.device)]) / RETRIEVAL_TEMPERATURE
+        vectors = self.model.item_vectors(table[self._tensor(np.searchsorted(used, candidates))])
+        wanted = targets[acted.numpy()]
         if logs is None:
-            places = torch.from_numpy(np.searchsorted(candidates, wanted.numpy()))
-            return full_softmax(asking, vectors, places).sum()
-        positives = self.model.item_vectors(table[torch.from_numpy(np.searchsorted(used, wanted.numpy()))])
-        return sampled_softmax(asking, positives, vectors, wanted, torch.from_numpy(candidates), logs).sum()
+            return full_softmax(asking, vectors, self._tensor(np.searchsorted(candidates, wanted))).sum()
+        positives = self.model.item_vectors(table[self._tensor(np.searchsorted(used, wanted))])
+        return sampled_softmax(
+            asking, positives, vectors, self._tensor(wanted), self._tensor(candidates), logs
+        ).sum()
 
     @torch.no_grad()
     def _predictions(
@@ -238,7 +250,7 @@ class Learner:
         logits: torch.Tensor,
         users: torch.Tensor,
     ) -> Predictions:
-        at = new.events.numpy()
+        at = new.events.cpu().numpy()
         sequence = np.repeat(np.arange(len(batch.users)), batch.lengths)
         return Predictions.concat(
             self.ranks.gather(
@@ -250,7 +262,7 @@ class Learner:
                     offsets=batch.offsets,
                     late=batch.roles[at] == Role.NEW_LATE,
                     labels=self._labels(batch).numpy(),
-                    probabilities=torch.sigmoid(logits.float()).numpy(),
+                    probabilities=torch.sigmoid(logits.float()).cpu().numpy(),
                     ranks=self._ranks_of_items(self.model.user_vectors(users), items[at], held),
                 )
             )
@@ -271,8 +283,8 @@ class Learner:
         rows = rows[:PROBES]
         table = self.model.item_vectors(self.vocabulary.gather(items))
         scores = users[:PROBES] @ table.T  # (P, items)
-        at = torch.from_numpy(np.minimum(np.searchsorted(items, rows), len(items) - 1))
-        places = (scores > scores.gather(1, at[:, None])).sum(1).numpy()
+        at = self._tensor(np.minimum(np.searchsorted(items, rows), len(items) - 1))
+        places = (scores > scores.gather(1, at[:, None])).sum(1).cpu().numpy()
         out[:PROBES] = np.where(rows < held, places, len(items))
         return out
 
@@ -314,12 +326,12 @@ class Learner:
 
     def load(self, directory: pathlib.Path) -> None:
         """Become what `save` wrote, on this and every other rank."""
-        state = _to_arrays(torch.load(directory / "learner.pt", weights_only=True))
+        state = _to_arrays(torch.load(directory / "learner.pt", map_location="cpu", weights_only=True))
         self.steps = state["steps"]
         self.model.load_state_dict(_to_tensors(state["model"]))
         self._optimizer.load_state_dict(_to_tensors(state["optimizer"]))
         self.vocabulary = Vocabulary.from_state(
-            VocabularyState(**state["vocabulary"]), self.config.train.seed
+            VocabularyState(**state["vocabulary"]), self.config.train.seed, self.device
         )
         self.metrics.load(state["metrics"])
 

@@ -13,6 +13,7 @@ import torch
 
 from grstream.keys import Keys
 from grstream.keytable import KeyTable
+from kernels import embedding
 
 # Retrieval normalises item vectors, so a short one gets long gradients: rows that start much shorter than
 # this are steered by the retrieval loss alone until they have grown.
@@ -44,15 +45,19 @@ class VocabularyState:
 
 
 class Vocabulary:
-    """Keys to embedding rows, growing as keys come. Not thread-safe; a server builds one per version."""
+    """Keys to embedding rows, growing as keys come. Not thread-safe; a server builds one per version.
 
-    def __init__(self, dim: int, seed: int = 0) -> None:
+    Keys and what is known of them are in main memory, the rows and their optimizer on `device`.
+    """
+
+    def __init__(self, dim: int, seed: int = 0, device: torch.device | str = "cpu") -> None:
         self.dim = dim
         self.seed = seed
+        self.device = torch.device(device)
         self.item_names: dict[int, str] = {}
         self._table = KeyTable()
-        self._rows = torch.empty(0, dim)
-        self._squares = torch.empty(0)
+        self._rows = torch.empty(0, dim, device=self.device)
+        self._squares = torch.empty(0, device=self.device)
         self._items = np.empty(0, np.bool_)
         self._keys = np.empty(0, np.int64)
         self._counts = np.empty(0, np.int64)
@@ -65,15 +70,18 @@ class Vocabulary:
         keys: Keys,  # (n,) distinct
         rows: npt.NDArray[np.float32],  # (n, dim)
         items: npt.NDArray[np.bool_] | None = None,  # (n,) default: none is known to be an item
+        device: torch.device | str = "cpu",
     ) -> "Vocabulary":
-        vocabulary = cls(dim, seed)
+        vocabulary = cls(dim, seed, device)
         vocabulary.admit(keys, np.zeros(len(keys), np.bool_) if items is None else items)
         vocabulary._rows[: len(keys)] = torch.from_numpy(np.array(rows))
         return vocabulary
 
     @classmethod
-    def from_state(cls, state: VocabularyState, seed: int) -> "Vocabulary":
-        vocabulary = cls.from_rows(state.rows.shape[1], seed, state.keys, state.rows, state.items)
+    def from_state(
+        cls, state: VocabularyState, seed: int, device: torch.device | str = "cpu"
+    ) -> "Vocabulary":
+        vocabulary = cls.from_rows(state.rows.shape[1], seed, state.keys, state.rows, state.items, device)
         vocabulary._squares[: len(state.keys)] = torch.from_numpy(np.array(state.squares))
         vocabulary._counts[: len(state.keys)] = state.counts
         vocabulary.item_names = dict(state.item_names)
@@ -84,8 +92,8 @@ class Vocabulary:
         n = len(self)
         return VocabularyState(
             keys=self._keys[:n].copy(),
-            rows=self._rows[:n].numpy().copy(),
-            squares=self._squares[:n].numpy().copy(),
+            rows=self._rows[:n].cpu().numpy().copy(),
+            squares=self._squares[:n].cpu().numpy().copy(),
             items=self._items[:n].copy(),
             counts=self._counts[:n].copy(),
             item_names=dict(self.item_names),
@@ -106,7 +114,7 @@ class Vocabulary:
             first = len(self)
             rows[new] = self._table.insert(keys[new])
             self._reserve(len(self))
-            self._rows[first : len(self)] = initial_rows(keys[new], self.dim, self.seed)
+            self._rows[first : len(self)] = initial_rows(keys[new], self.dim, self.seed).to(self.device)
             self._squares[first : len(self)] = 0
             self._counts[first : len(self)] = 0
             self._items[rows[new]] = items[new]
@@ -115,7 +123,7 @@ class Vocabulary:
 
     def gather(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """A copy of these rows: (n, dim)."""
-        return self._rows[torch.from_numpy(rows)]
+        return embedding.gather(self._rows, torch.from_numpy(rows).to(self.device))
 
     def vectors(self, keys: Keys) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
         """The vector of each key, and whether it has a row: (n, dim) and (n,)."""
@@ -123,9 +131,10 @@ class Vocabulary:
         known = rows >= 0
         if known.all():
             return self.gather(rows), known
-        out = torch.empty(len(keys), self.dim)
-        out[torch.from_numpy(known)] = self.gather(rows[known])
-        out[torch.from_numpy(~known)] = initial_rows(keys[~known], self.dim, self.seed)
+        out = torch.empty(len(keys), self.dim, device=self.device)
+        where = torch.from_numpy(known).to(self.device)
+        out[where] = self.gather(rows[known])
+        out[~where] = initial_rows(keys[~known], self.dim, self.seed).to(self.device)
         return out, known
 
     def item_rows(self) -> npt.NDArray[np.int64]:
@@ -146,18 +155,16 @@ class Vocabulary:
 
     def update(self, rows: npt.NDArray[np.int64], gradient: torch.Tensor, learning_rate: float) -> None:
         """Rowwise Adagrad: one accumulator a row, of the mean squared gradient. Rows are distinct."""
-        at = torch.from_numpy(rows)
-        squares = self._squares[at] + gradient.square().mean(1)
-        self._squares[at] = squares
-        scale = learning_rate / squares.clamp(min=1e-20).sqrt()
-        self._rows[at] -= scale[:, None] * gradient
+        at = torch.from_numpy(rows).to(self.device)
+        embedding.rowwise_adagrad_(self._rows, self._squares, at, gradient, learning_rate)
 
     def _reserve(self, n: int) -> None:
         held = len(self._keys)
         if n <= held:
             return
         size = max(1024, n, held * 3 // 2)
-        rows, squares = torch.empty(size, self.dim), torch.empty(size)
+        rows = torch.empty(size, self.dim, device=self.device)
+        squares = torch.empty(size, device=self.device)
         rows[:held], squares[:held] = self._rows, self._squares
         self._rows, self._squares = rows, squares
         self._items = np.resize(self._items, size)
