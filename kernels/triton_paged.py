@@ -1,0 +1,252 @@
+"""`kernels.paged` for a GPU: a program is a tile of a sequence's rows and a head, and goes through its pages.
+
+    o_i = Σ_{j < prefix_i} SiLU(α q_i·k_j + b(i, j)) v_j  +  SiLU(α q_i·k_self_i + b(i, i)) v_self_i
+
+The candidates of a request have one prefix and one time, so that all rows of a tile have the same bias on a
+memory token: those tiles (UNIFORM) look it up once a token instead of once a pair. Which tile is which is
+found from the rows themselves; each kind is a launch of its own, so that one does not pay for the other's
+registers. Nothing a row's sum goes through depends on the rest of its tile or on other sequences (law 2).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import jagged
+from kernels.buckets import position_bits
+from kernels.paged import PagedSight
+from kernels.triton_bias import UNSEEN, position_bucket, silu_of_half, time_bucket
+
+BLOCK_ROWS = 64
+BLOCK_MEMORY = 64  # or a page, where that is smaller
+WARPS = 4
+STAGES = 3
+
+_UNSEEN = tl.constexpr(UNSEEN)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _bias(
+    position_table,
+    time_table,
+    prefix,
+    clock,
+    token,
+    moment,
+    HEADS: tl.constexpr,
+    BITS: tl.constexpr,
+    HAS_TIME: tl.constexpr,
+):
+    """The bias of pairs, UNSEEN where they are out of sight, in the shape of `prefix - token`."""
+    difference = prefix - token
+    bias = tl.zeros(difference.shape, tl.float32)
+    if BITS > 0:
+        bias += tl.load(position_table + position_bucket(difference, BITS) * HEADS).to(tl.float32)
+    if HAS_TIME:
+        bias += tl.load(time_table + time_bucket(clock - moment) * HEADS).to(tl.float32)
+    return tl.where(difference > 0, bias, _UNSEEN)
+
+
+@triton.jit
+def paged_kernel(
+    q,  # (R, H, QK), its rows q_stride apart; so are k_self, and v_self (R, H, V)
+    k_self,
+    v_self,
+    k_pages,  # (P, PAGE, H, QK)
+    v_pages,  # (P, PAGE, H, V)
+    page_times,  # (P, PAGE)
+    pages,
+    row_prefix,  # (R,)
+    row_clock,  # (R,)
+    tiles,  # (T, 4): first row, row after the last, first of the sequence's pages, tokens seen
+    out,  # (R, H, V) contiguous
+    position_table,  # (position_rows(BITS), H)
+    time_table,  # (TIME_BUCKETS, H)
+    q_stride,
+    k_self_stride,
+    v_self_stride,
+    k_page_stride,
+    k_token_stride,
+    k_head_stride,
+    v_page_stride,
+    v_token_stride,
+    v_head_stride,
+    alpha,
+    HEADS: tl.constexpr,
+    QK: tl.constexpr,
+    V: tl.constexpr,
+    PADDED_QK: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_MEMORY: tl.constexpr,
+    BITS: tl.constexpr,  # of the position buckets; 0 without
+    HAS_TIME: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile, head = tiles + tl.program_id(0) * 4, tl.program_id(1)
+    first, end = tl.load(tile), tl.load(tile + 1)
+    own_pages, seen = pages + tl.load(tile + 2), tl.load(tile + 3)
+    k_pages += head.to(tl.int64) * k_head_stride
+    v_pages += head.to(tl.int64) * v_head_stride
+    position_table += head
+    time_table += head
+
+    row = first + tl.arange(0, BLOCK_ROWS)
+    real = row < end
+    row = row.to(tl.int64)
+    column, value_column = tl.arange(0, PADDED_QK), tl.arange(0, PADDED_V)
+    within, value_within = (column < QK)[None, :], (value_column < V)[None, :]
+    of_row = head * QK + column[None, :]
+    queries = tl.load(q + row[:, None] * q_stride + of_row, mask=real[:, None] & within, other=0)
+    keys = tl.load(k_self + row[:, None] * k_self_stride + of_row, mask=real[:, None] & within, other=0)
+    of_row = head * V + value_column[None, :]
+    values = tl.load(
+        v_self + row[:, None] * v_self_stride + of_row, mask=real[:, None] & value_within, other=0
+    ).to(tl.float32)
+
+    own = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1) * alpha
+    if BITS > 0:
+        own += tl.load(position_table).to(tl.float32)
+    if HAS_TIME:
+        own += tl.load(time_table).to(tl.float32)
+    highest, mass = own * _LOG2E, tl.full((BLOCK_ROWS,), 1.0, tl.float32)
+    if SOFTMAX:
+        total = values
+    else:
+        total = silu_of_half(0.5 * own, APPROXIMATE)[:, None] * values
+
+    if UNIFORM:
+        prefix, clock = tl.load(row_prefix + first).to(tl.int32), tl.load(row_clock + first)
+    else:
+        prefix = tl.load(row_prefix + row, mask=real, other=0).to(tl.int32)[:, None]
+        clock = tl.load(row_clock + row, mask=real, other=0)[:, None]
+    scale = alpha * (_LOG2E if SOFTMAX else 0.5)
+    for start in range(0, seen, BLOCK_MEMORY):
+        token = start + tl.arange(0, BLOCK_MEMORY)
+        there = token < seen
+        if PAGE >= BLOCK_MEMORY:
+            page = tl.load(own_pages + start // PAGE)
+        else:
+            page = tl.load(own_pages + token // PAGE, mask=there, other=0)
+        place = token % PAGE
+        keys = tl.load(
+            k_pages + (page * k_page_stride + place * k_token_stride)[:, None] + column[None, :],
+            mask=there[:, None] & within,
+            other=0,
+        )
+        values = tl.load(
+            v_pages + (page * v_page_stride + place * v_token_stride)[:, None] + value_column[None, :],
+            mask=there[:, None] & value_within,
+            other=0,
+        )
+        moment = tl.load(page_times + page * PAGE + place, mask=there, other=0)
+        if not UNIFORM:
+            token, moment = token[None, :], moment[None, :]
+        bias = _bias(position_table, time_table, prefix, clock, token, moment, HEADS, BITS, HAS_TIME)
+        bias *= _LOG2E if SOFTMAX else 0.5
+        if UNIFORM:
+            bias = bias[None, :]
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale + bias
+        if SOFTMAX:
+            higher = tl.maximum(highest, tl.max(scores, 1))
+            weights, fading = tl.exp2(scores - higher[:, None]), tl.exp2(highest - higher)
+            highest, mass = higher, mass * fading + tl.sum(weights, 1)
+            total *= fading[:, None]
+        else:
+            weights = silu_of_half(scores, APPROXIMATE)
+        total = tl.dot(weights.to(values.dtype), values, total, input_precision=PRECISION)
+    if SOFTMAX:
+        total /= mass[:, None]
+    place = row[:, None] * (HEADS * V) + head * V + value_column[None, :]
+    tl.store(out + place, total, mask=real[:, None] & value_within)
+
+
+def attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
+    sight: PagedSight,
+    position_bias: Tensor | None,
+    time_bias: Tensor | None,
+    alpha: float,
+    softmax: bool,
+) -> Tensor:
+    rows, heads, width = q.shape
+    value_width = v_pages.shape[-1]
+    if k_pages.stride(-1) != 1 or v_pages.stride(-1) != 1:
+        raise ValueError("the last dimension of k_pages and v_pages must be contiguous")
+    q, k_self, v_self = (_by_row(x.to(k_pages.dtype)) for x in (q, k_self, v_self))
+    out = torch.empty(rows, heads, value_width, dtype=torch.float32, device=q.device)
+    narrow = k_pages.dtype in (torch.bfloat16, torch.float16)
+    for uniform, tiles in sight.planned(_tiles, BLOCK_ROWS):
+        if not len(tiles):
+            continue
+        paged_kernel[(len(tiles), heads)](
+            q,
+            k_self,
+            v_self,
+            k_pages,
+            v_pages,
+            sight.page_times.contiguous(),
+            sight.pages,
+            sight.row_prefix,
+            sight.row_clock,
+            tiles,
+            out,
+            out if position_bias is None else position_bias.contiguous(),
+            out if time_bias is None else time_bias.contiguous(),
+            *(x.stride(0) for x in (q, k_self, v_self)),
+            *k_pages.stride()[:3],
+            *v_pages.stride()[:3],
+            alpha,
+            HEADS=heads,
+            QK=width,
+            V=value_width,
+            PADDED_QK=max(16, triton.next_power_of_2(width)),
+            PADDED_V=max(16, triton.next_power_of_2(value_width)),
+            PAGE=sight.page_tokens,
+            BLOCK_ROWS=BLOCK_ROWS,
+            BLOCK_MEMORY=min(BLOCK_MEMORY, sight.page_tokens),
+            BITS=0 if position_bias is None else position_bits(len(position_bias)),
+            HAS_TIME=time_bias is not None,
+            UNIFORM=uniform,
+            SOFTMAX=softmax,
+            APPROXIMATE=narrow and q.is_cuda and torch.version.hip is None,
+            PRECISION="ieee",  # of fp32 alone: TF32 has three digits
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
+    return out
+
+
+def _tiles(sight: PagedSight, block: int) -> tuple[tuple[bool, Tensor], tuple[bool, Tensor]]:
+    """The uniform tiles and the others, those with most work first: (T, 4) int32 each."""
+    counts = (sight.row_lengths + block - 1) // block
+    owner, rows = jagged.owners(counts), jagged.starts(sight.row_lengths)
+    first = rows[owner] + jagged.positions(counts) * block
+    end = torch.minimum(first + block, (rows + sight.row_lengths)[owner])
+    tile = jagged.owners(end - first, len(sight.row_prefix))
+
+    def extreme(values: Tensor, which: str) -> Tensor:
+        return torch.zeros_like(first).scatter_reduce_(0, tile, values, which, include_self=False)
+
+    seen = extreme(sight.row_prefix, "amax")
+    uniform = seen == extreme(sight.row_prefix, "amin")
+    uniform &= extreme(sight.row_clock, "amax") == extreme(sight.row_clock, "amin")
+    tiles = torch.stack((first, end, sight.page_starts[owner], seen), 1).to(torch.int32)
+    order = torch.argsort(seen, descending=True, stable=True)
+    tiles, uniform = tiles[order], uniform[order]
+    return (True, tiles[uniform]), (False, tiles[~uniform])
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """(R, H, d) with a row's heads side by side; the rows may lie apart, as slices of a projection do."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
