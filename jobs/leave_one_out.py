@@ -99,7 +99,7 @@ def _train(
             if epoch.validation is not None:
                 text += f", validation {CRITERION} {epoch.validation[CRITERION]:.4f}"
                 text += f" HR@10 {epoch.validation['HR@10']:.4f}"
-            console.print(text, highlight=False)
+            console.print(text, highlight=False, soft_wrap=True)
 
         return epochs.run(data, config, seed, place / f"seed-{seed}", show)
 
