@@ -143,7 +143,7 @@ class TrainConfig(Section):
 
     workers: int = pydantic.Field(1, ge=1)
     worker_cpus: float = pydantic.Field(1, gt=0, description="logical CPUs each trainer worker asks Ray for")
-    gpu: bool = False
+    gpu: bool = pydantic.Field(False, description="each worker trains on a GPU of its own")
     learning_rate: float = pydantic.Field(5e-4, gt=0, description="AdamW, dense parameters")
     bias_learning_rate: float = pydantic.Field(
         1e-2, gt=0, description="AdamW, tables of relative position and time"
@@ -177,6 +177,7 @@ class ServeConfig(Section):
     host: str = "127.0.0.1"
     port: int = pydantic.Field(8000, ge=1, le=65535)
     replicas: int = pydantic.Field(1, ge=1, description="scorer replicas")
+    gpu: bool = pydantic.Field(False, description="each scorer replica has a GPU of its own")
     gateways: int = pydantic.Field(2, ge=1, description="gateway replicas: one may die and service goes on")
     history_shards: int = pydantic.Field(1, ge=1, description="partitions are dealt out among them")
     max_candidates: int = pydantic.Field(10_000, ge=1, description="per rank request")

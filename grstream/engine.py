@@ -58,7 +58,8 @@ class _Served:
 class Engine:
     """Scores by the newest version it was given, over a cache of keys and values per user."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
         self._micro_batch = config.micro_batch
         self._lock = threading.Lock()
         self.cache = KVCache(config.cache_bytes)
@@ -75,7 +76,7 @@ class Engine:
 
         Raises UnusableWeights, and goes on with the version it had.
         """
-        served = _build(version)
+        served = _build(version, self.device)
         with self._lock:
             self._served = served
             self.cache.clear()
@@ -110,7 +111,7 @@ class Engine:
                 ]
             )  # (C, A)
         _require_finite_scores(served, logits)
-        probabilities = torch.sigmoid(logits).numpy()
+        probabilities = torch.sigmoid(logits).cpu().numpy()
         return Ranked(probabilities, known, served.manifest.number, reuse)
 
     @torch.inference_mode()
@@ -129,11 +130,11 @@ class Engine:
         if exclude is not None and len(exclude):
             barred = np.isin(served.item_keys, exclude)
             allowed -= int(barred.sum())
-            scores[torch.from_numpy(barred)] = -torch.inf
+            scores[torch.from_numpy(barred).to(self.device)] = -torch.inf
         best = torch.topk(scores, min(k, allowed))
-        items = served.item_keys[best.indices.numpy()]
+        items = served.item_keys[best.indices.cpu().numpy()]
         names = {key: served.item_names[key] for key in items.tolist() if key in served.item_names}
-        return Retrieved(items, names, best.values.numpy(), served.manifest.number, reuse)
+        return Retrieved(items, names, best.values.cpu().numpy(), served.manifest.number, reuse)
 
     def _ready(self) -> _Served:
         if self._served is None:
@@ -159,26 +160,27 @@ class Engine:
     def _micro_batches(self, items: torch.Tensor, prefix: int, at_ms: int, kind: Kind) -> Iterator[Tokens]:
         """Candidates of one sequence, each behind the whole of its tokens."""
         for part in items.split(self._micro_batch):
-            prefixes, times = torch.full((len(part),), prefix), torch.full((len(part),), at_ms)
-            yield Tokens.of_candidates(torch.tensor([len(part)]), part, prefixes, times, kind)
+            count = torch.tensor([len(part)], device=self.device)
+            prefixes, times = count.new_full((len(part),), prefix), count.new_full((len(part),), at_ms)
+            yield Tokens.of_candidates(count, part, prefixes, times, kind)
 
 
-def _build(version: WeightsVersion) -> _Served:
+def _build(version: WeightsVersion, device: torch.device) -> _Served:
     weights, recipe = version.weights, version.manifest.recipe
     _require_finite(version.number, weights)
     model = HSTU(recipe.model, actions=len(recipe.actions))
     try:
         model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in weights.dense.items()})
         vocabulary = Vocabulary.from_rows(
-            recipe.model.dim, recipe.vocabulary_seed, weights.keys, weights.rows
+            recipe.model.dim, recipe.vocabulary_seed, weights.keys, weights.rows, device=device
         )
     except (RuntimeError, ValueError) as error:
         raise UnusableWeights(
             f"weights version {version.number} is not what its recipe describes: {error}"
         ) from error
-    model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False).to(device)
     with torch.inference_mode():
-        vectors = model.item_vectors(torch.from_numpy(weights.rows[weights.items]))
+        vectors = model.item_vectors(torch.from_numpy(weights.rows[weights.items]).to(device))
     return _Served(
         version.manifest, model, vocabulary, weights.item_names, weights.keys[weights.items], vectors
     )
@@ -218,7 +220,8 @@ def _item_vectors(served: _Served, items: Keys, features: Keys) -> tuple[torch.T
     vectors, known = served.vocabulary.vectors(items)
     for column in features.T[served.contexts :]:
         present = np.flatnonzero(column != ABSENT)
-        vectors.index_add_(0, torch.from_numpy(present), served.vocabulary.vectors(column[present])[0])
+        at = torch.from_numpy(present).to(vectors.device)
+        vectors.index_add_(0, at, served.vocabulary.vectors(column[present])[0])
     return vectors, known
 
 
@@ -228,13 +231,14 @@ def _memory_tokens(served: _Served, history: History, begin: int) -> Tokens:
     context = history.features[:, : served.contexts]
     before = np.concatenate([np.full_like(context[:1], ABSENT), context[:-1]])
     event, column = changed_context(context[begin:], before[begin:])
+    device = vectors.device
     events = Events(
-        lengths=torch.tensor([len(vectors)]),
+        lengths=torch.tensor([len(vectors)], device=device),
         items=vectors,
-        actions=torch.from_numpy(history.actions[begin:].astype(np.int64)),
-        times=torch.from_numpy(history.times[begin:].astype(np.int64)),
+        actions=torch.from_numpy(history.actions[begin:].astype(np.int64)).to(device),
+        times=torch.from_numpy(history.times[begin:].astype(np.int64)).to(device),
         contexts=served.vocabulary.vectors(context[begin:][event, column])[0],
-        context_of=torch.from_numpy(event),
+        context_of=torch.from_numpy(event).to(device),
     )
     return memory_tokens(events, served.interleaved)[0]
 
@@ -245,12 +249,12 @@ def _in_context(served: _Served, cache: Cache, history: History, context: Keys, 
     _, column = changed_context(context[None], last.reshape(1, -1))
     if not len(column):
         return cache
-    count = torch.tensor([len(column)])
+    times = cache.times.new_full((len(column),), at_ms)
     tokens = Tokens.of_memory(
-        lengths=count,
+        lengths=cache.lengths.new_full((1,), len(column)),
         vectors=served.vocabulary.vectors(context[column])[0],
-        kinds=torch.full((len(column),), Kind.CONTEXT),
-        actions=torch.zeros(len(column), dtype=torch.int64),
-        times=torch.full((len(column),), at_ms),
+        kinds=torch.full_like(times, Kind.CONTEXT),
+        actions=torch.zeros_like(times),
+        times=times,
     )
     return served.model.extend(cache, tokens)

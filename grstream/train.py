@@ -16,7 +16,7 @@ import ray
 import ray.train
 from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.callback import UserCallback
 
 from grstream.board import Board, Progress
@@ -143,7 +143,7 @@ def _run_rank(config: Config, board: Board, until: Until | None) -> None:
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
     try:
-        Trainer(config, ranks, board, until).run(ray.train.get_dataset_shard("actions"))
+        Trainer(config, ranks, board, until, get_device()).run(ray.train.get_dataset_shard("actions"))
     except LASTING as error:
         # A reader's error comes wrapped in Ray's, which is of both types.
         board.fail(error.cause if isinstance(error, RayTaskError) else error)

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
+
 from grstream.board import Board, Progress
 from grstream.checkpoints import CheckpointStore, Record
 from grstream.config import Config
@@ -93,9 +95,16 @@ class Feed:
 class Trainer:
     """A rank. Begins where the newest checkpoint ends."""
 
-    def __init__(self, config: Config, ranks: Ranks, board: Board, until: Until | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        board: Board,
+        until: Until | None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._config, self._ranks, self._board, self._until = config, ranks, board, until
-        self._learner = Learner(config, ranks)
+        self._learner = Learner(config, ranks, device)
         self._ledger = Ledger()
         self._events = 0
         self._newest_event_ms = 0

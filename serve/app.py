@@ -83,7 +83,7 @@ def application(config: Config) -> Application:
         .options(
             name="scorer",
             num_replicas=config.serve.replicas,
-            ray_actor_options={"num_cpus": SCORER_CPUS},
+            ray_actor_options={"num_cpus": SCORER_CPUS, "num_gpus": int(config.serve.gpu)},
             max_ongoing_requests=config.serve.queue + HEADROOM,
             max_queued_requests=config.serve.queue,
             request_router_config=RequestRouterConfig(request_router_class=ConsistentHashRouter),

@@ -24,7 +24,7 @@ class Scorer:
         # Torch takes seconds to import: replicas pay for it, not whoever builds the application.
         from grstream.engine import Engine
 
-        self._engine = Engine(config.serve)
+        self._engine = Engine(config.serve, "cuda" if config.serve.gpu else "cpu")
         self._queue = config.serve.queue
         self._waiting = 0
         self._turns = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine")
