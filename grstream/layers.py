@@ -16,6 +16,7 @@ McAuley 2018), and because everything around the encoder must work for any causa
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import POSITION_BUCKETS, TIME_BUCKETS, Sight, attention, position_rows
+from kernels import layer as lean
 
 if TYPE_CHECKING:  # it brings pydantic, which a bare GPU machine need not have
     from grstream.config import ModelConfig
@@ -61,6 +63,21 @@ class Layer(nn.Module):
         self.position_bias = nn.Parameter(torch.zeros(rows, config.heads)) if rows else None
         self.time_bias = nn.Parameter(torch.zeros(TIME_BUCKETS, config.heads)) if config.time_bias else None
         nn.init.xavier_uniform_(self.project_out.weight, BRANCH_GAIN)
+
+    def forward(self, memory: Tensor, readers: Sequence[tuple[Tensor | None, Sight]]) -> tuple[Tensor, ...]:
+        """For each pair the layer's outputs (R, d) for rows x that see the memory (M, d) as their sight says.
+
+        None stands for rows that are the memory itself.
+        """
+        own = self.project(memory) if any(x is None for x, _ in readers) else None
+        k, v = (own.k, own.v) if own is not None else self.keys_values(memory)
+        outs = []
+        for x, sight in readers:
+            if x is not None:
+                outs.append(self.attend(x, self.project(x), k, v, sight))
+            elif own is not None:
+                outs.append(self.attend(memory, own, k, v, sight))
+        return tuple(outs)
 
     def project(self, x: Tensor) -> Projected:
         """The projections of the rows x (R, d)."""
@@ -101,6 +118,37 @@ class HSTULayer(Layer):
         self.norm_out = nn.LayerNorm(config.heads * self.v, LAYER_NORM_EPSILON)
         nn.init.xavier_uniform_(self.project_in.weight)
         nn.init.zeros_(self.project_in.bias)
+
+    def forward(self, memory: Tensor, readers: Sequence[tuple[Tensor | None, Sight]]) -> tuple[Tensor, ...]:
+        if not torch.is_grad_enabled():
+            return super().forward(memory, readers)
+        # As below, but keeping little for the backward pass.
+        shape = lean.Shape(
+            heads=self.heads,
+            qk=self.qk,
+            v=self.v,
+            epsilon=LAYER_NORM_EPSILON,
+            alpha=self.qk**-0.5,
+            softmax=self.softmax,
+            dropout=self.dropout.p if self.training else 0.0,
+            reduced=self.reduced,
+        )
+        norm, linear = self.norm, self.project_in
+        columns = sum(shape.columns) if any(x is None for x, _ in readers) else sum(shape.columns[:2])
+
+        def project(x: Tensor, columns: int) -> Tensor:
+            weight, bias = linear.weight[:columns], linear.bias[:columns]
+            return lean.project(x, norm.weight, norm.bias, weight, bias, shape)
+
+        rows = [
+            lean.Reader(memory, None, sight)
+            if x is None
+            else lean.Reader(x, project(x, sum(shape.columns)), sight)
+            for x, sight in readers
+        ]
+        tables = (self.position_bias, self.time_bias)
+        gate = (self.norm_out.weight, self.norm_out.bias, self.project_out.weight)
+        return lean.attend(project(memory, columns), rows, *tables, *gate, shape)
 
     def project(self, x: Tensor) -> Projected:
         qk, v = self.heads * self.qk, self.heads * self.v

@@ -114,19 +114,15 @@ class HSTU(nn.Module):
         )
         *lower, last = self.layers
         for layer in lower:
-            row = layer.project(memory)
-            memory, query = (
-                layer.attend(memory, row, row.k, row.v, sight),
-                layer.attend(query, layer.project(query), row.k, row.v, seen_by_queries),
-            )
+            memory, query = layer(memory, ((None, sight), (query, seen_by_queries)))
         if readout is None:
-            row = last.project(memory)
-            k, v = row.k, row.v
-            memory = last.attend(memory, row, k, v, sight)
-        else:
-            k, v = last.keys_values(memory)
-            memory = self._read_out(memory, readout, k, v, sight)
-        return Encoded(memory, last.attend(query, last.project(query), k, v, seen_by_queries))
+            return Encoded(*last(memory, ((None, sight), (query, seen_by_queries))))
+        if not len(memory):
+            (query,) = last(memory, ((query, seen_by_queries),))
+            return Encoded(self.start.expand(len(readout), -1), query)
+        rows, place, chosen = _rows(readout, sight)
+        out, query = last(memory, ((memory[rows], chosen), (query, seen_by_queries)))
+        return Encoded(self._or_start(out, place, readout), query)
 
     def extend(self, cache: Cache | None, tokens: "Tokens") -> Cache:
         """The cache grown by each sequence's new memory tokens; from None it is the prefill.
@@ -225,22 +221,30 @@ class HSTU(nn.Module):
 
     def _read_out(self, memory: Tensor, readout: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
         """The last layer at some rows of `sight`, -1 being the start vector: (N, d)."""
-        rows, place = torch.unique(
-            readout.clamp(min=0), return_inverse=True
-        )  # ascending: packed as sequences are
         if not len(memory):
             return self.start.expand(len(readout), -1)
-        owner = jagged.owners(sight.row_lengths, len(sight.row_prefix))[rows]
-        chosen = Sight(
-            memory_lengths=sight.memory_lengths,
-            memory_times=sight.memory_times,
-            row_lengths=torch.bincount(owner, minlength=len(sight.row_lengths)),
-            row_prefix=sight.row_prefix[rows],
-            row_times=sight.row_times[rows],
-        )
+        rows, place, chosen = _rows(readout, sight)
         x, last = memory[rows], self.layers[-1]
-        out = last.attend(x, last.project(x), k, v, chosen)[place]
-        return torch.where((readout >= 0).unsqueeze(1), out, self.start)
+        return self._or_start(last.attend(x, last.project(x), k, v, chosen), place, readout)
+
+    def _or_start(self, rows: Tensor, place: Tensor, readout: Tensor) -> Tensor:
+        return torch.where((readout >= 0).unsqueeze(1), rows[place], self.start)
+
+
+def _rows(readout: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Sight]:
+    """The rows of `sight` that are named, where each of `readout` is among them, and what they see."""
+    rows, place = torch.unique(
+        readout.clamp(min=0), return_inverse=True
+    )  # ascending: packed as sequences are
+    owner = jagged.owners(sight.row_lengths, len(sight.row_prefix))[rows]
+    chosen = Sight(
+        memory_lengths=sight.memory_lengths,
+        memory_times=sight.memory_times,
+        row_lengths=torch.bincount(owner, minlength=len(sight.row_lengths)),
+        row_prefix=sight.row_prefix[rows],
+        row_times=sight.row_times[rows],
+    )
+    return rows, place, chosen
 
 
 def _merged(old: Tensor, new: Tensor) -> Tensor:
