@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grstream.layers import LAYER_NORM_EPSILON, LAYERS, Layer
+from grstream.pages import PagedCache
 from kernels import Sight, jagged
 
 if TYPE_CHECKING:  # one brings pydantic, which a bare GPU machine need not have
@@ -45,6 +46,11 @@ class Cache:
     def nbytes(self) -> int:
         arrays = (self.lengths, self.times, self.newest, *(array for layer in self.layers for array in layer))
         return sum(array.numel() * array.element_size() for array in arrays)
+
+    def seen_by(self, tokens: "Tokens") -> Sight:
+        """What the query tokens see."""
+        rows = (tokens.query_lengths, tokens.query_prefix, tokens.query_times)
+        return Sight(self.lengths, self.times, *rows)
 
     @staticmethod
     def concat(caches: Sequence["Cache"]) -> "Cache":
@@ -105,13 +111,8 @@ class HSTU(nn.Module):
         """
         sight = self._own_sight(tokens)
         memory, query = self._memory(tokens, sight.row_prefix), self._query(tokens)
-        seen_by_queries = Sight(
-            tokens.memory_lengths,
-            tokens.memory_times,
-            tokens.query_lengths,
-            tokens.query_prefix,
-            tokens.query_times,
-        )
+        queries = (tokens.query_lengths, tokens.query_prefix, tokens.query_times)
+        seen_by_queries = Sight(tokens.memory_lengths, tokens.memory_times, *queries)
         *lower, last = self.layers
         for layer in lower:
             memory, query = layer(memory, ((None, sight), (query, seen_by_queries)))
@@ -161,7 +162,7 @@ class HSTU(nn.Module):
         newest = self._read_out(memory, torch.cumsum(new, 0)[grown] - 1, *kept[-1], sight)
         return Cache(lengths, sight.memory_times, tuple(kept), cache.newest.index_copy(0, grown, newest))
 
-    def score(self, cache: Cache, tokens: "Tokens") -> Tensor:
+    def score(self, cache: Cache | PagedCache, tokens: "Tokens") -> Tensor:
         """Query tokens against the cache of their sequences: (Q, d). Raises ValueError as `extend` does."""
         if len(tokens.memory_times):
             raise ValueError("score takes query tokens alone; memory tokens go to extend")
@@ -169,10 +170,7 @@ class HSTU(nn.Module):
             raise ValueError(
                 f"queries of {len(tokens.query_lengths)} sequences do not fit a cache of {len(cache.lengths)}"
             )
-        sight = Sight(
-            cache.lengths, cache.times, tokens.query_lengths, tokens.query_prefix, tokens.query_times
-        )
-        query = self._query(tokens)
+        sight, query = cache.seen_by(tokens), self._query(tokens)
         for layer, (k, v) in zip(self.layers, cache.layers, strict=True):
             query = layer.attend(query, layer.project(query), k, v, sight)
         return query

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from grstream.config import ModelConfig
 from grstream.model import HSTU, Cache
+from grstream.pages import PagedCache
 from tests.token_sequences import FP32, User, candidates, configs, crowds, encoder, events, tokens, user
 
 CONFIG = ModelConfig(dim=12, layers=2, heads=2, v_dim=5, qk_dim=3)
@@ -142,3 +143,13 @@ def test_bf16_faces_agree_within_two_percent_of_a_score() -> None:
     assert_close(model.score(cache, candidates(users)), encoded, atol=2e-2, rtol=2e-2)
     exact = encoder(CONFIG)(tokens(users)).query
     assert (encoded - exact).abs().mean() < 2e-2 * exact.abs().mean()
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_a_cache_in_pages_scores_as_the_cache_itself(data: st.DataObject) -> None:
+    config = data.draw(configs())
+    model, users = encoder(config), data.draw(crowds(config.dim, least=1, longest=40))
+    cache = model.extend(None, events(users))
+    paged = PagedCache.of(cache, data.draw(st.sampled_from([16, 32])))
+    assert_close(model.score(paged, candidates(users)), model.score(cache, candidates(users)), **FP32)
