@@ -31,11 +31,15 @@ __all__ = [
     "time_bucket",
 ]
 
-Implementation = Literal["auto", "reference", "cpu"]
+Implementation = Literal["auto", "reference", "cpu", "triton"]
 
 # Modules, each with an `attention` of the same signature; imported when first asked for, as not every machine
 # can run every one.
-_IMPLEMENTATIONS = {"reference": "kernels.reference", "cpu": "kernels.cpu"}
+_IMPLEMENTATIONS = {
+    "reference": "kernels.reference",
+    "cpu": "kernels.cpu",
+    "triton": "kernels.triton_attention",
+}
 
 
 def chosen(q: Tensor, softmax: bool = False, implementation: str = "auto") -> str:
@@ -44,7 +48,11 @@ def chosen(q: Tensor, softmax: bool = False, implementation: str = "auto") -> st
     Raises ValueError for an unknown one.
     """
     if implementation == "auto":
-        return "cpu" if q.device.type == "cpu" and q.dtype != torch.float64 else "reference"
+        if q.dtype == torch.float64:
+            return "reference"
+        if q.device.type == "cuda":
+            return "reference" if softmax else "triton"
+        return "cpu" if q.device.type == "cpu" else "reference"
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"no implementation {implementation!r} of attention: use auto, {', '.join(_IMPLEMENTATIONS)}"
@@ -65,16 +73,19 @@ def attention(
     *,
     softmax: bool = False,
     implementation: str = "auto",
+    deterministic: bool = False,
 ) -> Tensor:
     """Each row's sum over what it sees, `kernels.reference` being the definition: (R, H, d_v).
 
     q, k_self (R, H, d_qk) and v_self (R, H, d_v) belong to the rows, k (M, H, d_qk) and v (M, H, d_v) to
     the memory tokens. The tables are (position_rows(bits), H), 2^bits buckets an octave, and
     (TIME_BUCKETS, H); None is a bias of zero. With `softmax` the weights of a row sum to 1 instead of being
-    SiLU of the scores each. The result is fp32, float64 where q is.
+    SiLU of the scores each. The result is fp32, float64 where q is. With `deterministic` the order of every
+    sum is the same in all processes, at the price of untuned kernels; within one process it always is.
     Raises ValueError for an unknown implementation or shapes and lengths that do not fit.
     """
-    module = importlib.import_module(_IMPLEMENTATIONS[chosen(q, softmax, implementation)])
+    name = chosen(q, softmax, implementation)
+    module = importlib.import_module(_IMPLEMENTATIONS[name])
     rows, heads, width = q.shape
     memory = len(sight.memory_times)
     expected = {
@@ -92,7 +103,8 @@ def attention(
     for what, (wanted, got) in expected.items():
         if wanted != tuple(got):
             raise ValueError(f"{what} must have shape {wanted}, not {tuple(got)}")
-    out: Tensor = module.attention(
-        q, k, v, k_self, v_self, sight, position_bias, time_bias, alpha, softmax=softmax
-    )
+    options = {"softmax": softmax}
+    if name == "triton":  # the others tune nothing
+        options["deterministic"] = deterministic
+    out: Tensor = module.attention(q, k, v, k_self, v_self, sight, position_bias, time_bias, alpha, **options)
     return out

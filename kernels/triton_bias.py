@@ -14,8 +14,8 @@ from kernels import buckets
 
 UNSEEN = -1e30  # bias of a pair out of sight
 
-_TIME_SHIFT = tl.constexpr(buckets.TIME_SHIFT)
-_TIME_OFFSET = tl.constexpr(buckets.TIME_OFFSET)
+TIME_SHIFT = tl.constexpr(buckets.TIME_SHIFT)
+TIME_OFFSET = tl.constexpr(buckets.TIME_OFFSET)
 _TIME_LAST = tl.constexpr(buckets.TIME_BUCKETS - 1)
 _MANTISSA = tl.constexpr(23)
 _EXPONENT = tl.constexpr(127)
@@ -84,4 +84,4 @@ def position_bucket(difference, BITS: tl.constexpr):
 def time_bucket(difference):
     """`buckets.time_bucket` of int64 differences, t_i as `Sight.row_clock` has it: int32."""
     rounded = difference.to(tl.float32).to(tl.int32, bitcast=True)
-    return tl.minimum(tl.maximum((rounded >> _TIME_SHIFT) - _TIME_OFFSET, 0), _TIME_LAST)
+    return tl.minimum(tl.maximum((rounded >> TIME_SHIFT) - TIME_OFFSET, 0), _TIME_LAST)
