@@ -8,6 +8,8 @@ found from the rows themselves; each kind is a launch of its own, so that one do
 registers. Nothing a row's sum goes through depends on the rest of its tile or on other sequences (law 2).
 """
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -18,11 +20,6 @@ from kernels.buckets import position_bits
 from kernels.paged import PagedSight
 from kernels.triton_bias import UNSEEN, position_bucket, silu_of_half, time_bucket
 
-BLOCK_ROWS = 64
-BLOCK_MEMORY = 64  # or a page, where that is smaller
-WARPS = 4
-STAGES = 3
-
 _UNSEEN = tl.constexpr(UNSEEN)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -31,22 +28,22 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 def _bias(
     position_table,
     time_table,
-    prefix,
-    clock,
-    token,
-    moment,
+    difference,
+    passed,
     HEADS: tl.constexpr,
     BITS: tl.constexpr,
     HAS_TIME: tl.constexpr,
 ):
-    """The bias of pairs, UNSEEN where they are out of sight, in the shape of `prefix - token`."""
-    difference = prefix - token
-    bias = tl.zeros(difference.shape, tl.float32)
+    """The bias of pairs that lie so many tokens and milliseconds apart."""
     if BITS > 0:
-        bias += tl.load(position_table + position_bucket(difference, BITS) * HEADS).to(tl.float32)
-    if HAS_TIME:
-        bias += tl.load(time_table + time_bucket(clock - moment) * HEADS).to(tl.float32)
-    return tl.where(difference > 0, bias, _UNSEEN)
+        bias = tl.load(position_table + position_bucket(difference, BITS) * HEADS).to(tl.float32)
+        if HAS_TIME:
+            bias += tl.load(time_table + time_bucket(passed) * HEADS).to(tl.float32)
+    elif HAS_TIME:
+        bias = tl.load(time_table + time_bucket(passed) * HEADS).to(tl.float32)
+    else:
+        bias = tl.zeros(difference.shape, tl.float32)
+    return bias
 
 
 @triton.jit
@@ -104,37 +101,38 @@ def paged_kernel(
     within, value_within = (column < QK)[None, :], (value_column < V)[None, :]
     of_row = head * QK + column[None, :]
     queries = tl.load(q + row[:, None] * q_stride + of_row, mask=real[:, None] & within, other=0)
-    keys = tl.load(k_self + row[:, None] * k_self_stride + of_row, mask=real[:, None] & within, other=0)
+    own_keys = tl.load(k_self + row[:, None] * k_self_stride + of_row, mask=real[:, None] & within, other=0)
     of_row = head * V + value_column[None, :]
-    values = tl.load(
+    own_values = tl.load(
         v_self + row[:, None] * v_self_stride + of_row, mask=real[:, None] & value_within, other=0
     ).to(tl.float32)
 
-    own = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1) * alpha
+    own = tl.sum(queries.to(tl.float32) * own_keys.to(tl.float32), 1) * alpha
     if BITS > 0:
         own += tl.load(position_table).to(tl.float32)
     if HAS_TIME:
         own += tl.load(time_table).to(tl.float32)
     highest, mass = own * _LOG2E, tl.full((BLOCK_ROWS,), 1.0, tl.float32)
     if SOFTMAX:
-        total = values
+        total = own_values
     else:
-        total = silu_of_half(0.5 * own, APPROXIMATE)[:, None] * values
+        total = silu_of_half(0.5 * own, APPROXIMATE)[:, None] * own_values
 
     if UNIFORM:
         prefix, clock = tl.load(row_prefix + first).to(tl.int32), tl.load(row_clock + first)
     else:
         prefix = tl.load(row_prefix + row, mask=real, other=0).to(tl.int32)[:, None]
         clock = tl.load(row_clock + row, mask=real, other=0)[:, None]
+    PAGE_BITS: tl.constexpr = PAGE.bit_length() - 1
     scale = alpha * (_LOG2E if SOFTMAX else 0.5)
     for start in range(0, seen, BLOCK_MEMORY):
         token = start + tl.arange(0, BLOCK_MEMORY)
         there = token < seen
         if PAGE >= BLOCK_MEMORY:
-            page = tl.load(own_pages + start // PAGE)
+            page = tl.load(own_pages + (start >> PAGE_BITS))
         else:
-            page = tl.load(own_pages + token // PAGE, mask=there, other=0)
-        place = token % PAGE
+            page = tl.load(own_pages + (token >> PAGE_BITS), mask=there, other=0)
+        place = token & (PAGE - 1)
         keys = tl.load(
             k_pages + (page * k_page_stride + place * k_token_stride)[:, None] + column[None, :],
             mask=there[:, None] & within,
@@ -148,8 +146,11 @@ def paged_kernel(
         moment = tl.load(page_times + page * PAGE + place, mask=there, other=0)
         if not UNIFORM:
             token, moment = token[None, :], moment[None, :]
-        bias = _bias(position_table, time_table, prefix, clock, token, moment, HEADS, BITS, HAS_TIME)
+        difference = prefix - token
+        bias = _bias(position_table, time_table, difference, clock - moment, HEADS, BITS, HAS_TIME)
         bias *= _LOG2E if SOFTMAX else 0.5
+        if SOFTMAX or not UNIFORM:  # otherwise what is out of sight has a value of 0
+            bias = tl.where(difference > 0, bias, _UNSEEN)
         if UNIFORM:
             bias = bias[None, :]
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale + bias
@@ -163,8 +164,37 @@ def paged_kernel(
         total = tl.dot(weights.to(values.dtype), values, total, input_precision=PRECISION)
     if SOFTMAX:
         total /= mass[:, None]
-    place = row[:, None] * (HEADS * V) + head * V + value_column[None, :]
-    tl.store(out + place, total, mask=real[:, None] & value_within)
+    at = row[:, None] * (HEADS * V) + head * V + value_column[None, :]
+    tl.store(out + at, total, mask=real[:, None] & value_within)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """How a tile is cut: what compiles without spilling registers, which a test asserts."""
+
+    rows: int
+    memory: int  # tokens at a time; a page, where that is smaller
+    warps: int
+    stages: int
+    precision: str = "ieee"  # of products of fp32
+
+
+def shape(dtype: torch.dtype, widest: int, uniform: bool, hip: bool) -> Shape:
+    """For heads that are `widest` wide and pages of `dtype`. `rows` is the same for both kinds of tiles.
+
+    fp32 runs on NVIDIA's tensor cores as three products of TF32, whose error is 2^-22 where that of one would
+    be 2^-11; AMD's multiply fp32 itself.
+    """
+    narrow, wide = dtype != torch.float32, widest > 128
+    if hip:
+        if narrow:
+            return Shape(32 if wide else 64, 32, 4, 1)
+        return Shape(32, 16 if wide else 32, 4, 1)
+    if narrow:
+        return Shape(64, 64 if uniform else 32, 8 if wide else 4, 2 if wide else 3)
+    if wide:
+        return Shape(16, 16, 8, 2, "tf32x3")
+    return Shape(32, 32 if uniform else 16, 4, 2, "tf32x3")
 
 
 def attention(
@@ -185,10 +215,13 @@ def attention(
         raise ValueError("the last dimension of k_pages and v_pages must be contiguous")
     q, k_self, v_self = (_by_row(x.to(k_pages.dtype)) for x in (q, k_self, v_self))
     out = torch.empty(rows, heads, value_width, dtype=torch.float32, device=q.device)
-    narrow = k_pages.dtype in (torch.bfloat16, torch.float16)
-    for uniform, tiles in sight.planned(_tiles, BLOCK_ROWS):
+    padded_qk, padded_v = (max(16, triton.next_power_of_2(x)) for x in (width, value_width))
+    hip = torch.version.hip is not None
+    shapes = {kind: shape(k_pages.dtype, max(padded_qk, padded_v), kind, hip) for kind in (True, False)}
+    for uniform, tiles in sight.planned(_tiles, shapes[True].rows):
         if not len(tiles):
             continue
+        cut = shapes[uniform]
         paged_kernel[(len(tiles), heads)](
             q,
             k_self,
@@ -210,19 +243,19 @@ def attention(
             HEADS=heads,
             QK=width,
             V=value_width,
-            PADDED_QK=max(16, triton.next_power_of_2(width)),
-            PADDED_V=max(16, triton.next_power_of_2(value_width)),
+            PADDED_QK=padded_qk,
+            PADDED_V=padded_v,
             PAGE=sight.page_tokens,
-            BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_MEMORY=min(BLOCK_MEMORY, sight.page_tokens),
+            BLOCK_ROWS=cut.rows,
+            BLOCK_MEMORY=min(cut.memory, sight.page_tokens),
             BITS=0 if position_bias is None else position_bits(len(position_bias)),
             HAS_TIME=time_bias is not None,
             UNIFORM=uniform,
             SOFTMAX=softmax,
-            APPROXIMATE=narrow and q.is_cuda and torch.version.hip is None,
-            PRECISION="ieee",  # of fp32 alone: TF32 has three digits
-            num_warps=WARPS,
-            num_stages=STAGES,
+            APPROXIMATE=k_pages.dtype != torch.float32 and q.is_cuda and not hip,
+            PRECISION=cut.precision,
+            num_warps=cut.warps,
+            num_stages=cut.stages,
         )
     return out
 
