@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.buckets import position_bits
-from kernels.cpu_blocks import Block, Index, Plan, plan
+from kernels.cpu_blocks import Block, Plan, plan, rows_are_memory
 from kernels.sight import Sight
 
 UNSEEN = -1e30  # bias of a pair out of sight: SiLU, exp and their derivatives are 0 there in every float type
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def attention(
@@ -80,32 +80,36 @@ def forward(
     softmax: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The result (R, H, d_v) and, with softmax alone, each row's log of the sum of exp(score): (R, H)."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    work = _Work(sight, q.shape[1], position_bias, time_bias, q.dtype, wide)
-    own = alpha * (q.to(wide) * k_self).sum(-1) + work.own_bias  # (R, H)
-    if not work.plan.blocks:
+    work = _Work(q, k, v, k_self, v_self, sight, position_bias, time_bias)
+    wide, plan = work.wide, work.plan
+    own = None if work.itself else work.own_scores(q, k_self, alpha)  # (R, H)
+    if not plan.blocks:
+        own = work.own_scores(q, k_self, alpha)
         return (v_self.to(wide), own) if softmax else (F.silu(own).unsqueeze(-1) * v_self, None)
-    qs = _flat(q).index_select(0, work.plan.to_blocks.source)
-    ks, vs = (_flat(x).index_select(0, work.plan.to_groups.source) for x in (k, v))
-    outs = vs.new_empty(len(qs), vs.shape[-1])
-    lses = own.new_empty(len(qs), 1)
-    owns = own.view(-1, 1).index_select(0, work.plan.to_blocks.source) if softmax else lses
-    for block, _, k_block, v_block in work.blocks(ks, vs):
-        scores = work.scores(block, work.part(qs, block), k_block, alpha)
+    qs, ks, vs = plan.rows.take(q), plan.memory.take(k), plan.memory.take(v)
+    outs = vs.new_empty(len(qs), v.shape[2])
+    lses = outs.new_empty(len(qs), 1, dtype=wide) if softmax else None
+    owns = plan.rows.take(own.unsqueeze(-1)) if softmax and own is not None else None
+    for block, q_block, k_block, v_block, out, lse, mine in work.blocks(ks, vs, qs, outs, lses, owns):
+        scores = work.scores(block, q_block, k_block, alpha)
         if softmax:
-            lse, mine = work.part(lses, block), work.part(owns, block)
-            torch.maximum(torch.amax(scores, 2, keepdim=True), mine, out=lse)
-            total = scores.sub_(lse).exp_().sum(2, keepdim=True).add_((mine - lse).exp_())
+            torch.amax(scores, 2, keepdim=True, out=lse)
+            if mine is not None:
+                torch.maximum(lse, mine, out=lse)
+            total = scores.sub_(lse).exp_().sum(2, keepdim=True)
+            if mine is not None:
+                total += (mine - lse).exp_()
             weights = scores.div_(total)
             lse.add_(total.log_())
         else:
-            weights = torch.ops.aten.silu.out(scores, out=work.buffer("weights", scores.shape, wide))
-        torch.bmm(work.narrow(weights), v_block, out=work.part(outs, block))
-    out = work.plan.from_blocks.take(outs).view(v_self.shape).to(wide)
+            weights = torch.ops.aten.silu.out(scores, out=scores)
+        torch.bmm(work.narrow(weights), v_block, out=out)
+    out = plan.rows.give_back(outs).view(v_self.shape).to(wide)
     if not softmax:
-        return out.add_(F.silu(own).unsqueeze(-1) * v_self), None
-    lse = _restored(work.plan.from_blocks, lses, own)
-    return out.add_((own - lse).exp_().unsqueeze(-1) * v_self), lse
+        return out if own is None else out.add_(F.silu(own).unsqueeze(-1) * v_self), None
+    assert lses is not None
+    lse = plan.rows.give_back(lses, None if own is None else own.view(-1, 1)).view(q.shape[:2])
+    return out if own is None else out.add_((own - lse).exp_().unsqueeze(-1) * v_self), lse
 
 
 def backward(
@@ -123,71 +127,57 @@ def backward(
     alpha: float,
     softmax: bool = False,
 ) -> Gradients:
-    """The gradients of q, k, v, k_self, v_self and both tables, each in its argument's dtype."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    work = _Work(sight, q.shape[1], position_bias, time_bias, q.dtype, wide)
-    own = alpha * (q.to(wide) * k_self).sum(-1) + work.own_bias  # (R, H)
-    d_own = (gradient * v_self).sum(-1)  # of the own pair's weight, and then of its score
+    """The gradients of q, k, v, k_self, v_self and both tables, each in its argument's dtype.
+
+    Those of k_self and v_self are None where these are k and v themselves: then the latters' have all of it.
+    """
+    work = _Work(q, k, v, k_self, v_self, sight, position_bias, time_bias)
+    wide, plan = work.wide, work.plan
     common = None
     if softmax:
         assert out is not None
-        assert lse is not None
-        weight = (own - lse).exp_()
         common = (gradient * out).sum(-1)
-        d_own.sub_(common).mul_(weight)
-    else:
-        weight = F.silu(own)
-        d_own = torch.ops.aten.silu_backward(d_own, own)
-    d_v_self = (weight.unsqueeze(-1) * gradient).to(v_self.dtype)
-    d_scaled = (alpha * d_own).unsqueeze(-1)
-    d_k_self = (d_scaled * q).to(k_self.dtype)
-    d_q = d_scaled * k_self
-    work.count_own(d_own)
-    if not work.plan.blocks:
+    own_pairs = (
+        work.own_gradients(gradient, q, k_self, v_self, alpha, common, lse) if not work.itself else None
+    )
+    if not plan.blocks:
+        d_q, d_k_self, d_v_self = own_pairs or (torch.zeros_like(q), None, None)
         return d_q.to(q.dtype), torch.zeros_like(k), torch.zeros_like(v), d_k_self, d_v_self, *work.tables()
-    to_blocks = work.plan.to_blocks.source
-    qs = _flat(q).index_select(0, to_blocks)
-    ks, vs = (_flat(x).index_select(0, work.plan.to_groups.source) for x in (k, v))
-    gs = work.plan.padded(_flat(gradient.to(q.dtype)), 0)
+    qs, ks, vs = plan.rows.take(q), plan.memory.take(k), plan.memory.take(v)
+    gs = plan.rows.take(gradient.to(q.dtype), 0)
     lses = commons = None
     if lse is not None and common is not None:
-        lses = work.plan.padded(lse.view(-1, 1), math.inf)  # repetitions weigh nothing, whatever they see
-        commons = work.plan.padded(common.view(-1, 1), 0)
+        lses = plan.rows.take(lse.unsqueeze(-1), math.inf)  # repetitions weigh nothing, whatever they see
+        commons = plan.rows.take(common.unsqueeze(-1), 0)
     d_qs = torch.empty_like(qs)
-    d_ks, d_vs = ks.new_zeros(ks.shape, dtype=wide), vs.new_zeros(vs.shape, dtype=wide)
-    for block, place, k_block, v_block in work.blocks(ks, vs):
-        q_block, g_block = work.part(qs, block), work.part(gs, block)
+    d_ks, d_vs = (torch.empty_like(x, dtype=wide) for x in (ks, vs))
+    k_sums, v_sums = work.by_group(d_ks), work.by_group(d_vs)
+    for block, q_block, k_block, v_block, g_block, d_q_block, lse_block, common_block in work.blocks(
+        ks, vs, qs, gs, d_qs, lses, commons
+    ):
         scores = work.scores(block, q_block, k_block, alpha)
-        d_weights = work.product("d_weights", g_block, v_block.transpose(1, 2))
-        if lses is not None and commons is not None:
-            weights = scores.sub_(work.part(lses, block)).exp_()
-            d_scores = d_weights.sub_(work.part(commons, block)).mul_(weights)
+        d_weights = work.product(g_block, v_block.transpose(1, 2))
+        if softmax:
+            weights = scores.sub_(lse_block).exp_()
+            d_scores = d_weights.sub_(common_block).mul_(weights)
         else:
             weights = torch.ops.aten.silu.out(scores, out=work.buffer("weights", scores.shape, wide))
             d_scores = torch.ops.aten.silu_backward.grad_input(d_weights, scores, grad_input=d_weights)
         work.count(block, d_scores)
-        n = d_scores.shape[2]
-        work.add_into(d_vs, place, n, work.narrow(weights), g_block)
+        work.add_into(v_sums[block.group], block, work.narrow(weights), g_block)
         d_scores = work.narrow(d_scores)
-        work.add_into(d_ks, place, n, d_scores, q_block)
-        torch.bmm(d_scores, k_block, out=work.part(d_qs, block))
-    d_q.add_(work.plan.from_blocks.take(d_qs).view(q.shape), alpha=alpha)
-    d_k = work.plan.from_groups.take(d_ks.mul_(alpha)).view(k.shape).to(k.dtype)
-    d_v = work.plan.from_groups.take(d_vs).view(v.shape).to(v.dtype)
-    return d_q.to(q.dtype), d_k, d_v, d_k_self, d_v_self, *work.tables()
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(elements, H, width) as the plan's indices count them: (elements · H, width)."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _restored(index: Index, x: Tensor, otherwise: Tensor) -> Tensor:
-    """Blocks' (rows, 1) to (R, H), rows without a block as in `otherwise`."""
-    taken = x.view(-1).index_select(0, index.source)
-    if index.missing is not None:
-        taken.index_copy_(0, index.missing, otherwise.view(-1)[index.missing])
-    return taken.view(otherwise.shape)
+        work.add_into(k_sums[block.group], block, d_scores, q_block)
+        torch.bmm(d_scores, k_block, out=d_q_block)
+    d_q = plan.rows.give_back(d_qs).view(q.shape)
+    d_k = plan.memory.give_back(d_ks).view(k.shape).mul_(alpha)
+    d_v = plan.memory.give_back(d_vs).view(v.shape)
+    d_k_self = d_v_self = None
+    if own_pairs is None:
+        d_q = d_q.mul_(alpha)
+    else:
+        own_d_q, d_k_self, d_v_self = own_pairs
+        d_q = own_d_q.add_(d_q, alpha=alpha)
+    return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), d_k_self, d_v_self, *work.tables()
 
 
 class _Work:
@@ -195,97 +185,140 @@ class _Work:
 
     def __init__(
         self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_self: Tensor,
+        v_self: Tensor,
         sight: Sight,
-        heads: int,
         position_bias: Tensor | None,
         time_bias: Tensor | None,
-        dtype: torch.dtype,
-        wide: torch.dtype,
     ) -> None:
-        bits = 0 if position_bias is None else position_bits(len(position_bias))
-        self.plan: Plan = sight.planned(plan, bits, time_bias is not None, heads)
-        self.heads, self.dtype, self.wide = heads, dtype, wide
+        self.heads = heads = q.shape[1]
+        self.dtype = q.dtype
+        self.wide = wide = torch.promote_types(q.dtype, torch.float32)
         self.position_bias, self.time_bias = position_bias, time_bias
-        device = sight.row_prefix.device
-        zero = torch.zeros(1, heads, dtype=wide, device=device)
+        # Whether the rows are the memory, so that a row's own pair is one among the others.
+        self.itself = _same(k, k_self) and _same(v, v_self) and sight.planned(rows_are_memory)
+        bits = 0 if position_bias is None else position_bits(len(position_bias))
+        self.plan: Plan = sight.planned(plan, bits, time_bias is not None, heads, self.itself)
+        zero = torch.zeros(1, heads, dtype=wide)
         position = zero if position_bias is None else position_bias[: self.plan.position_rows].to(wide)
         time = zero if time_bias is None else time_bias.to(wide)
         self.shape = (len(position) + 1, len(time), heads)
         table = torch.cat((position.unsqueeze(1) + time, zero.new_full((1, *self.shape[1:]), UNSEEN)))
         self.table = table.flatten(0, 1).t().contiguous()  # (H, (P + 1) · T)
-        self.own_bias = self.table[:, 0]
-        self.counts = zero.new_zeros(self.table.shape, dtype=torch.float64)
+        self.by_head = self.table.unbind()
+        self.counts = torch.zeros(self.table.shape, dtype=torch.float64)
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        largest = max((b.sequences * b.rows * b.seen for b in self.plan.blocks), default=0)
+        self.largest = largest * heads
+
+    def own_scores(self, q: Tensor, k_self: Tensor, alpha: float) -> Tensor:
+        """The scores of rows' own pairs: (R, H). They lie in the first bucket of both tables."""
+        return alpha * (q.to(self.wide) * k_self).sum(-1) + self.table[:, 0]
+
+    def own_gradients(
+        self,
+        gradient: Tensor,
+        q: Tensor,
+        k_self: Tensor,
+        v_self: Tensor,
+        alpha: float,
+        common: Tensor | None,
+        lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What rows' own pairs add to the gradients of q (in a wide dtype), k_self and v_self."""
+        own = self.own_scores(q, k_self, alpha)
+        d_own = (gradient * v_self).sum(-1)  # of the own pair's weight, and then of its score
+        if common is not None and lse is not None:
+            weight = (own - lse).exp_()
+            d_own.sub_(common).mul_(weight)
+        else:
+            weight = F.silu(own)
+            d_own = torch.ops.aten.silu_backward(d_own, own)
+        self.counts[:, 0] += d_own.sum(0)
+        d_scaled = (alpha * d_own).unsqueeze(-1)
+        d_v_self = (weight.unsqueeze(-1) * gradient).to(v_self.dtype)
+        return d_scaled * k_self, (d_scaled * q).to(k_self.dtype), d_v_self
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory that the next block uses again."""
-        size = 1
-        for length in shape:
-            size *= length
         held = self.buffers.get((name, dtype))
-        if held is None or held.numel() < size:
-            held = self.buffers[name, dtype] = self.table.new_empty(size, dtype=dtype)
-        return held[:size].view(shape)
+        if held is None:
+            held = self.buffers[name, dtype] = torch.empty(self.largest, dtype=dtype)
+        _, rows, columns = shape
+        return held.as_strided(shape, (rows * columns, columns, 1))
 
-    def blocks(self, ks: Tensor, vs: Tensor) -> Iterator[tuple[Block, slice, Tensor, Tensor]]:
-        """Each block with where its group's memory lies and the k and v that it sees: (H · b, n, width)."""
-        for block in self.plan.blocks:
-            group = self.plan.groups[block.group]
-            shape, n = (self.heads * group.sequences, -1), block.pairs.shape[2]
-            k, v = (x[group.memory].unflatten(0, shape)[:, :n] for x in (ks, vs))
-            yield block, group.memory, k, v
+    def by_group(self, memory: Tensor) -> list[Tensor]:
+        """Memory in places, by group: (H · b, width, ·)."""
+        parts = memory.split(self.plan.group_places)
+        return [x.view(-1, n, x.shape[1]) for x, n in zip(parts, self.plan.widths, strict=True)]
 
-    def part(self, x: Tensor, block: Block) -> Tensor:
-        """A block's rows: (H · b, r, width)."""
-        return x[block.rows].unflatten(0, (-1, block.pairs.shape[1]))
+    def blocks(self, ks: Tensor, vs: Tensor, *rows: Tensor | None) -> Iterator[tuple[Any, ...]]:
+        """Each block, its rows of the first of `rows`, the k and v that they see, and its other rows.
+
+        All (H · b, r or n, ·).
+        """
+        k_groups, v_groups = self.by_group(ks), self.by_group(vs)
+        parts = [None if x is None else x.split(self.plan.block_places) for x in rows]
+        for at, block in enumerate(self.plan.blocks):
+            k, v = k_groups[block.group], v_groups[block.group]
+            if block.seen < k.shape[1]:
+                k, v = k[:, : block.seen], v[:, : block.seen]
+            shape = (-1, block.rows)
+            first, *others = (None if x is None else x[at].view(*shape, x[at].shape[1]) for x in parts)
+            yield block, first, k, v, *others
 
     def scores(self, block: Block, q: Tensor, k: Tensor, alpha: float) -> Tensor:
         """(H · b, r, n) in fp32 or wider, UNSEEN out of sight."""
-        shape = (len(q), *block.pairs.shape[1:])
+        shape = (len(q), block.rows, block.seen)
         scores = self.buffer("scores", shape, self.wide)
-        shared = len(block.pairs) * self.heads < len(q)
-        bias = self.buffer("bias", (self.heads, *block.pairs.shape), self.wide) if shared else scores
-        for table, head in zip(self.table, bias.view(self.heads, -1), strict=True):
-            torch.index_select(table, 0, block.pairs.view(-1), out=head)
+        pairs = len(block.pairs)
+        copies = scores.numel() // self.heads // pairs
+        bias = scores if copies == 1 else self.buffer("bias", (self.heads, 1, pairs), self.wide)
+        for head, table in enumerate(self.by_head):
+            torch.index_select(table, 0, block.pairs, out=bias.as_strided((pairs,), (1,), head * pairs))
+        by_head = (self.heads, copies, pairs)
         if self.dtype == self.wide:
-            if shared:
-                scores.view(self.heads, -1, *shape[1:]).copy_(bias)
+            if copies > 1:
+                scores.view(by_head).copy_(bias)
             return scores.baddbmm_(q, k.transpose(1, 2), alpha=alpha)
-        product = self.product("product", q, k.transpose(1, 2))
-        by_head = (self.heads, -1, *shape[1:])
-        torch.add(bias.view(by_head), product.view(by_head), alpha=alpha, out=scores.view(by_head))
+        product = torch.bmm(q, k.transpose(1, 2), out=self.buffer("product", shape, self.dtype))
+        bias = bias.view(self.heads, -1, pairs)
+        torch.add(bias, product.view(by_head), alpha=alpha, out=scores.view(by_head))
         return scores
 
-    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b in a buffer, made wide."""
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b in a buffer, in a wide dtype."""
         shape = (len(a), a.shape[1], b.shape[2])
-        out = torch.bmm(a, b, out=self.buffer(name, shape, self.dtype))
-        return out if self.dtype == self.wide else self.buffer(name, shape, self.wide).copy_(out)
+        out = torch.bmm(a, b, out=self.buffer("product", shape, self.dtype))
+        return out if self.dtype == self.wide else self.buffer("product", shape, self.wide).copy_(out)
 
     def narrow(self, x: Tensor) -> Tensor:
         """x as matrix products take it."""
         return x if self.dtype == self.wide else self.buffer("narrow", x.shape, self.dtype).copy_(x)
 
-    def add_into(self, total: Tensor, place: slice, n: int, pairs: Tensor, rows: Tensor) -> None:
-        """Adds each sequence's pairsᵀ @ rows to the first n memory tokens of its group's sum."""
-        shape = (len(pairs), n, rows.shape[2])
-        out = torch.bmm(pairs.transpose(1, 2), rows, out=self.buffer("sum", shape, self.dtype))
-        total[place].unflatten(0, (len(pairs), -1))[:, :n].add_(out)
+    def add_into(self, total: Tensor, block: Block, pairs: Tensor, rows: Tensor) -> None:
+        """Adds each sequence's pairsᵀ @ rows to its sum (H · b, width, ·)."""
+        pairs = pairs.transpose(1, 2)
+        if not block.first:
+            total[:, : block.seen].add_(torch.bmm(pairs, rows))
+        elif self.dtype == self.wide:
+            torch.bmm(pairs, rows, out=total)
+        else:
+            total.copy_(torch.bmm(pairs, rows))
 
     def count(self, block: Block, d_scores: Tensor) -> None:
         """Adds a block's part of the pair table's gradient."""
         if self.position_bias is None and self.time_bias is None:
             return
-        by_head = d_scores.view(self.heads, -1, block.pairs[0].numel())
-        if by_head.shape[1] > len(block.pairs):
-            by_head = by_head.sum(1, keepdim=True)
-        for counts, weights in zip(self.counts, by_head, strict=True):
-            size = len(counts)
-            counts += torch.bincount(block.pairs.view(-1), weights.reshape(-1), minlength=size)
-
-    def count_own(self, d_own: Tensor) -> None:
-        """The same for rows' own pairs, which lie in the first bucket of both tables."""
-        self.counts[:, 0] += d_own.sum(0)
+        pairs = len(block.pairs)
+        by_head = d_scores.view(self.heads, -1, pairs)
+        by_head = by_head.view(self.heads, pairs) if by_head.shape[1] == 1 else by_head.sum(1)
+        size = self.counts.shape[1]
+        for counts, weights in zip(self.counts.unbind(), by_head.unbind(), strict=True):
+            counts.add_(torch.bincount(block.pairs, weights, size))
 
     def tables(self) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of both tables."""
@@ -297,3 +330,7 @@ class _Work:
         if self.time_bias is not None:
             d_time = counts.sum(0).to(self.time_bias.dtype)
         return d_position, d_time
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()

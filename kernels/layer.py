@@ -149,7 +149,9 @@ class _Attend(torch.autograd.Function):
             own = memory if own_z is None else F.silu(own_z)
             u = own[:, -o.shape[1] :]
             norm = _Norm(o.to(d_y.dtype), gain, shift, shape.epsilon)
-            d_branch = _narrow(_dropped(d_y.clone(), shape.dropout, seed), shape.reduced)
+            d_branch = _narrow(
+                _dropped(d_y.clone(), shape.dropout, seed) if shape.dropout else d_y, shape.reduced
+            )
             d_weight = d_branch.t() @ _narrow(norm.out * u, shape.reduced)
             d_gated = (d_branch @ _narrow(weight, shape.reduced)).to(d_y.dtype)
             d_o, d_gain, d_shift = norm.backward(d_gated * u)
@@ -178,10 +180,11 @@ class _Columns:
         self.z, self.widths = z, shape.columns
         self.parts: list[Tensor | None] = [None] * 4
 
-    def add(self, *parts: Tensor) -> None:
+    def add(self, *parts: Tensor | None) -> None:
         for at, part in enumerate(parts):
-            held, part = self.parts[at], part.flatten(1)
-            self.parts[at] = part if held is None else held + part
+            if part is not None:
+                held, part = self.parts[at], part.flatten(1)
+                self.parts[at] = part if held is None else held + part
 
     def gradient(self) -> Tensor:
         """The gradient of z."""
@@ -189,8 +192,8 @@ class _Columns:
             self.z.new_zeros(len(self.z), width) if part is None else part.to(self.z.dtype)
             for part, width in zip(self.parts, self.widths, strict=True)
         ]
-        joined = torch.cat(some, 1)[:, : self.z.shape[1]]
-        return torch.ops.aten.silu_backward(joined, self.z)
+        joined = torch.cat(some[:2] if self.z.shape[1] < sum(self.widths) else some, 1)
+        return torch.ops.aten.silu_backward.grad_input(joined, self.z, grad_input=joined)
 
 
 class _Norm:

@@ -79,13 +79,38 @@ def test_many_blocks_of_several_groups_are_the_reference(
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("times", ["any", "equal", "some"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_that_are_the_memory_see_themselves_there(softmax: bool, times: str, dtype: torch.dtype) -> None:
+    """With keys and values of their own that are the memory's, sums and gradients are one."""
+    lengths = [0, 40, 1, 33, 2, 39]
+    drawn = case(lengths, [[*range(n)] for n in lengths], times=times, dtype=dtype, softmax=softmax)
+    drawn.sight = dataclasses.replace(drawn.sight, row_times=drawn.sight.memory_times)
+    for mine, memory in (("k_self", "k"), ("v_self", "v")):
+        drawn.arrays[mine] = drawn.arrays[memory]
+    theirs = outcome(drawn, "reference", torch.float64)
+    for mine, memory in (("k_self", "k"), ("v_self", "v")):
+        theirs[memory] += theirs.pop(mine)
+    names = [name for name in drawn.arrays if not name.endswith("_self")]
+    leaves = {name: drawn.arrays[name].requires_grad_() for name in names}
+    out = drawn.run("cpu")
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad((out * weights.to(dtype)).sum(), list(leaves.values()))
+    bound = 1e-11 if dtype == torch.float64 else 2e-5
+    for name, our in {"out": out, **dict(zip(leaves, grads, strict=True))}.items():
+        torch.testing.assert_close(our.double(), theirs[name], atol=bound, rtol=bound)
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_rows_in_order_share_one_index_of_their_positions() -> None:
     lengths = [20, 21, 19]
     for times, timed, shared in (("equal", True, True), ("any", False, True), ("any", True, False)):
         sight = case(lengths, [[*range(n)] for n in lengths], times=times).sight
-        blocks = sight.planned(cpu_blocks.plan, 3, timed, 2).blocks
+        blocks = sight.planned(cpu_blocks.plan, 3, timed, 2, False).blocks
         assert len(blocks) == 3
-        assert all(len(block.pairs) == (1 if shared else 3) for block in blocks)
+        for block in blocks:
+            assert len(block.pairs) == (1 if shared else 3) * block.rows * block.seen
 
 
 def test_company_does_not_change_a_row() -> None:
