@@ -168,17 +168,29 @@ def _gathered(sight: PagedSight) -> tuple[Sight, tuple[Tensor, Tensor]]:
 
 
 def _require_sound(sight: PagedSight) -> None:
-    lengths, rows, pages = sight.memory_lengths, len(sight.row_prefix), sight.pages
-    if bool((lengths < 0).any()) or bool((sight.row_lengths < 0).any()):
+    lengths, rows, pages, pool = (
+        sight.memory_lengths,
+        len(sight.row_prefix),
+        sight.pages,
+        len(sight.page_times),
+    )
+    # Two reads, not one for each number: a GPU is waited for twice.
+    found = (
+        (lengths < 0).any() | (sight.row_lengths < 0).any(),
+        sight.row_lengths.sum(),
+        page_counts(lengths, sight.page_tokens).sum(),
+        ((pages < 0) | (pages >= pool)).any(),
+    )
+    negative, own_rows, needed, foreign = torch.stack([x.long() for x in found]).tolist()
+    if negative:
         raise ValueError("lengths must not be negative")
-    if int(sight.row_lengths.sum()) != rows:
+    if own_rows != rows:
         raise ValueError(f"row_lengths do not sum to {rows} rows")
-    needed = int(page_counts(lengths, sight.page_tokens).sum())
     if needed != len(pages):
         raise ValueError(
             f"sequences of these lengths take {needed} pages of {sight.page_tokens} tokens, not {len(pages)}"
         )
-    if bool(((pages < 0) | (pages >= len(sight.page_times))).any()):
-        raise ValueError(f"page numbers must lie between 0 and {len(sight.page_times) - 1}")
+    if foreign:
+        raise ValueError(f"page numbers must lie between 0 and {pool - 1}")
     if bool(((sight.row_prefix < 0) | (sight.row_prefix > lengths[sight.row_owners])).any()):
         raise ValueError("a row's prefix must lie between 0 and the number of its sequence's memory tokens")

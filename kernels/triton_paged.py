@@ -193,8 +193,10 @@ def shape(dtype: torch.dtype, widest: int, uniform: bool, hip: bool) -> Shape:
     if narrow:
         return Shape(64, 64 if uniform else 32, 8 if wide else 4, 2 if wide else 3)
     if wide:
-        return Shape(16, 16, 8, 2, "tf32x3")
-    return Shape(32, 32 if uniform else 16, 4, 2, "tf32x3")
+        return Shape(
+            16, 16, 8, 2, "tf32x3"
+        )  # with pages of 16 tokens it spills some 30 registers all the same
+    return Shape(32, 32 if uniform else 16, 8, 2, "tf32x3")
 
 
 def attention(
@@ -263,8 +265,9 @@ def attention(
 def _tiles(sight: PagedSight, block: int) -> tuple[tuple[bool, Tensor], tuple[bool, Tensor]]:
     """The uniform tiles and the others, those with most work first: (T, 4) int32 each."""
     counts = (sight.row_lengths + block - 1) // block
-    owner, rows = jagged.owners(counts), jagged.starts(sight.row_lengths)
-    first = rows[owner] + jagged.positions(counts) * block
+    total = int(counts.sum())
+    owner, rows = jagged.owners(counts, total), jagged.starts(sight.row_lengths)
+    first = rows[owner] + jagged.positions(counts, total) * block
     end = torch.minimum(first + block, (rows + sight.row_lengths)[owner])
     tile = jagged.owners(end - first, len(sight.row_prefix))
 
@@ -275,9 +278,9 @@ def _tiles(sight: PagedSight, block: int) -> tuple[tuple[bool, Tensor], tuple[bo
     uniform = seen == extreme(sight.row_prefix, "amin")
     uniform &= extreme(sight.row_clock, "amax") == extreme(sight.row_clock, "amin")
     tiles = torch.stack((first, end, sight.page_starts[owner], seen), 1).to(torch.int32)
-    order = torch.argsort(seen, descending=True, stable=True)
-    tiles, uniform = tiles[order], uniform[order]
-    return (True, tiles[uniform]), (False, tiles[~uniform])
+    tiles = tiles[torch.argsort(seen + (uniform.long() << 32), descending=True, stable=True)]
+    first_mixed = int(uniform.sum())
+    return (True, tiles[:first_mixed]), (False, tiles[first_mixed:])
 
 
 def _by_row(x: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a block
-_TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA|HMMA", "sm_100": "UTC[A-Z]*MMA|HMMA", "gfx942": "v_mfma"}
+# Of the tensor cores: those of sm_80, which its successors have too, and what each has of its own.
+_TENSOR = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|v_mfma)")
 _TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -33,7 +34,7 @@ class Compiled:
     registers: int  # a thread, AMD's accumulation registers included
     spills: int  # instructions to and from local memory
     shared: int  # bytes a block
-    tensor_instructions: int
+    tensor_instructions: frozenset[str]  # the names found
 
 
 def compiled(
@@ -55,8 +56,7 @@ def compiled(
     else:
         registers, listing = _disassembled(built.asm["cubin"])
         spills = len(re.findall(r"\b(?:LDL|STL)\b", listing))
-    tensor = len(re.findall(rf"\b(?:{_TENSOR[target]})", listing))
-    return Compiled(registers, spills, built.metadata.shared, tensor)
+    return Compiled(registers, spills, built.metadata.shared, frozenset(_TENSOR.findall(listing)))
 
 
 def _amd(listing: str, what: str) -> int:

@@ -2,14 +2,12 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grstream.vocabulary import Vocabulary
 from kernels.embedding import gather, rowwise_adagrad_, rowwise_adamw_, summed_by_row
 
 N, D = 12, 5
@@ -68,20 +66,6 @@ def test_adagrad_is_the_formula_and_leaves_other_rows_as_they_were(steps: list[l
     torch.testing.assert_close(table.double(), exact, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(squares.double(), torch.tensor(sums, dtype=torch.float64))
     assert torch.equal(table[untouched], before[untouched])
-
-
-def test_adagrad_is_what_the_vocabulary_does() -> None:
-    keys = np.arange(100, 100 + N)
-    vocabulary = Vocabulary(D)
-    rows = vocabulary.admit(keys, np.ones(N, np.bool_))[::2]
-    state = vocabulary.state()
-    table, squares = torch.from_numpy(state.rows.copy()), torch.from_numpy(state.squares.copy())
-    for step in range(3):
-        gradient = normal(len(rows), D, seed=step).float() * (step != 1)  # all zero once
-        vocabulary.update(rows, gradient, 0.1)
-        rowwise_adagrad_(table, squares, torch.from_numpy(rows), gradient, 0.1)
-    assert np.array_equal(vocabulary.state().rows, table.numpy())
-    assert np.array_equal(vocabulary.state().squares, squares.numpy())
 
 
 @settings(max_examples=30)
