@@ -117,7 +117,7 @@ def training(shape: Shape, device: torch.device, repeats: int) -> dict[str, floa
         used, place = torch.unique(torch.cat((items, negatives)), return_inverse=True)
         rows = embedding.gather(table, used).requires_grad_()
         events = Events(lengths, rows[place[: len(items)]], actions, times, rows[:0], nothing)
-        tokens, asked = training_tokens(events, new, interleaved=False, request=True)
+        tokens, asked = training_tokens(events, new, interleaved=False)
         encoded = model(tokens, asked.readout)
         ranking = F.binary_cross_entropy_with_logits(
             model.action_logits(asked.ranking(encoded)).float(), labels

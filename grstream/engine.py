@@ -101,7 +101,7 @@ class Engine:
             features = _checked(served, history, features, len(candidates))
             items, known = _item_vectors(served, candidates, features)
             cache, reuse = self._encode(served, history, user)
-            if len(candidates) and served.contexts:
+            if len(candidates):
                 cache = _in_context(served, cache, history, features[0, : served.contexts], at_ms)
             kind = candidate_kind(served.interleaved)
             logits = torch.cat(
@@ -116,14 +116,33 @@ class Engine:
 
     @torch.inference_mode()
     def retrieve(
-        self, history: History, k: int, *, exclude: Keys | None = None, user: int | None = None
+        self,
+        history: History,
+        k: int,
+        at_ms: int,
+        *,
+        context: Keys | None = None,  # (C,) feature keys, ABSENT where there is none
+        exclude: Keys | None = None,
+        user: int | None = None,
     ) -> Retrieved:
-        """The k items nearest to the user's vector, by exact search. Raises EngineNotReady."""
+        """The k items nearest to the user's vector at `at_ms`, by exact search.
+
+        Raises EngineNotReady and WrongFeatures.
+        """
         with self._lock:
             served = self._ready()
-            _checked(served, history, None, 0)
+            features = np.full((1, len(served.manifest.recipe.features)), ABSENT, np.int64)
+            if context is not None and len(context) != served.contexts:
+                raise WrongFeatures(f"expected {served.contexts} features of context, got {len(context)}")
+            if context is not None:
+                features[0, : served.contexts] = context
+            _checked(served, history, features, 1)
             cache, reuse = self._encode(served, history, user)
-        user_vector = served.model.user_vectors(cache.newest)  # (1, d)
+            newest = cache.newest  # before the request's context
+            cache = _in_context(served, cache, history, features[0, : served.contexts], at_ms)
+            nothing = newest.new_zeros(newest.shape)
+            (request,) = self._micro_batches(nothing, int(cache.lengths), at_ms, Kind.REQUEST)
+            user_vector = served.model.user_vectors(newest + served.model.score(cache, request))  # (1, d)
         scores = (user_vector @ served.item_vectors.T)[0].float()  # (n,)
         _require_finite_scores(served, scores)
         allowed = len(scores)

@@ -28,7 +28,6 @@ from grstream.weights import Weights
 
 RETRIEVAL_TEMPERATURE = 0.05
 GRADIENT_NORM = 1.0  # dense gradients are clipped here: one odd batch must not throw the model off
-REQUEST = False  # TRIAL
 PROBES = 64  # new events a step whose item is ranked among all items, which costs a pass over the table
 
 
@@ -174,7 +173,7 @@ class Learner:
             batch, rows = batch.where(kept), rows.where(kept)
         events = self._events(batch, rows, used, table)
         new = self._tensor(np.flatnonzero(batch.roles != Role.CONTEXT))
-        tokens, asked = training_tokens(events, new, self.config.model.layout == "interleaved", REQUEST)
+        tokens, asked = training_tokens(events, new, self.config.model.layout == "interleaved")
         encoded = self.model(tokens, asked.readout)
         return tokens, asked, asked.ranking(encoded), asked.retrieval(encoded)
 

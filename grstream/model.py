@@ -187,9 +187,9 @@ class HSTU(nn.Module):
         """Query tokens' outputs (Q, d) to a logit per action: (Q, A)."""
         return self.ranking(query)
 
-    def user_vectors(self, memory: Tensor) -> Tensor:
-        """Outputs at newest memory tokens, or `start`, (U, d) to unit vectors for retrieval: (U, d)."""
-        return F.normalize(self.retrieval(memory), dim=-1)
+    def user_vectors(self, outputs: Tensor) -> Tensor:
+        """What items are retrieved from (U, d), see `tokens.Asked.retrieval`, to unit vectors: (U, d)."""
+        return F.normalize(self.retrieval(outputs), dim=-1)
 
     def item_vectors(self, items: Tensor) -> Tensor:
         """Vocabulary vectors (N, d) to unit vectors for retrieval: (N, d)."""

@@ -7,6 +7,10 @@ In the fused layout an event is one memory token that carries its item and its a
 to be predicted has a query token of its own item beside it, which sees the events before. In the interleaved
 layout the item's own token is asked: its actions come after it, so it cannot see them.
 
+Items are retrieved from two tokens' outputs together: the newest memory token's, which leads back to its
+item, and that of a request token, which has no item but carries the time of the request and sees its
+context. Either alone found fewer of the next items.
+
 Context is what an event was shown in (the place, the device). It enters as tokens of its own when it
 changes (section 2.1: slowly changing features are kept where they change): one for each feature that is
 present and not what it was at the event before, and for each that is present at a sequence's first event.
@@ -101,19 +105,15 @@ class Asked:
     events: Tensor  # (N,) the row of each among the E events
     readout: Tensor  # memory tokens wanted, -1 for the start vector
     interleaved: bool
-    request: bool
 
     def ranking(self, encoded: "Encoded") -> Tensor:
         """What each event's actions are predicted from: (N, d)."""
-        if self.interleaved:
-            return encoded.memory[-len(self.events) :] if len(self.events) else encoded.memory
-        return encoded.query[1::2] if self.request else encoded.query
+        return encoded.memory[len(self.events) :] if self.interleaved else encoded.query[1::2]
 
     def retrieval(self, encoded: "Encoded") -> Tensor:
-        """What each event's item is predicted from: (N, d)."""
-        if self.request:
-            return encoded.query if self.interleaved else encoded.query[::2]
-        return encoded.memory[: len(self.events)]
+        """What each event's item is predicted from, newest token and request together: (N, d)."""
+        request = encoded.query if self.interleaved else encoded.query[::2]
+        return encoded.memory[: len(self.events)] + request
 
 
 def candidate_kind(interleaved: bool) -> Kind:
@@ -174,42 +174,32 @@ def memory_tokens(events: Events, interleaved: bool) -> tuple[Tokens, Tensor]:
     return tokens, item
 
 
-def training_tokens(
-    events: Events, new: Tensor, interleaved: bool, request: bool = False
-) -> tuple[Tokens, Asked]:
+def training_tokens(events: Events, new: Tensor, interleaved: bool) -> tuple[Tokens, Asked]:
     """The tokens of a training step in which the events `new` (N,), ascending, are to be predicted.
 
-    With `request` an item is retrieved from a request token at the event's time; without, from the newest
-    memory token before the event's own.
+    Each has a request token at its time, and in the fused layout a candidate token behind it. Both see what
+    came before the event, and the event's context.
     """
     tokens, item = memory_tokens(events, interleaved)
     count = len(events.times)
-    owner = jagged.owners(events.lengths, count)
-    starts = jagged.starts(tokens.memory_lengths)
-    at, of = item[new], owner[new]  # (N,)
-    prefix = at - starts[of]
-    context = torch.bincount(events.context_of, minlength=count)
-    before = at - context[new] - 1
-    before = torch.where(before >= starts[of], before, -1)
-    readout = [] if request else [before]
-    asked: list[Tensor] = []  # query vectors of each new event, in order
-    kinds = []
-    if request:
-        asked.append(events.items.new_zeros(len(new), events.items.shape[1]))
-        kinds.append(Kind.REQUEST)
+    owner = jagged.owners(events.lengths, count)[new]
+    starts = jagged.starts(tokens.memory_lengths)[owner]
+    own, context = item[new], torch.bincount(events.context_of, minlength=count)[new]
+    newest = own - context - 1  # the last token of the event before
+    readout = [torch.where(newest >= starts, newest, -1)]
+    kinds, vectors = [Kind.REQUEST], [events.items.new_zeros(len(new), events.items.shape[1])]
     if interleaved:
-        readout.append(at)
+        readout.append(own)
     else:
-        asked.append(events.items.index_select(0, new))
         kinds.append(Kind.CANDIDATE)
-    each = len(asked)
-    if each:
-        tokens = dataclasses.replace(
-            tokens,
-            query_lengths=torch.bincount(of, minlength=len(events.lengths)) * each,
-            query_vectors=torch.stack(asked, 1).flatten(0, 1),
-            query_kinds=torch.tensor(kinds, device=new.device).repeat(len(new)),
-            query_prefix=prefix.repeat_interleave(each),
-            query_times=events.times[new].repeat_interleave(each),
-        )
-    return tokens, Asked(new, torch.cat([before[:0], *readout]), interleaved, request)
+        vectors.append(events.items.index_select(0, new))
+    each = len(kinds)
+    tokens = dataclasses.replace(
+        tokens,
+        query_lengths=torch.bincount(owner, minlength=len(events.lengths)) * each,
+        query_vectors=torch.stack(vectors, 1).flatten(0, 1),
+        query_kinds=torch.tensor(kinds, device=new.device).repeat(len(new)),
+        query_prefix=(own - starts).repeat_interleave(each),
+        query_times=events.times[new].repeat_interleave(each),
+    )
+    return tokens, Asked(new, torch.cat(readout), interleaved)

@@ -72,10 +72,14 @@ class RayBackend:
             )
             return ranked
 
-    async def retrieve(self, user: Id, history: History, k: int, exclude: Keys) -> Retrieved:
+    async def retrieve(
+        self, user: Id, history: History, k: int, context: Keys, at_ms: int, exclude: Keys
+    ) -> Retrieved:
         with _reaching("scorer"):
             scorer = self._scorers.options(session_id=str(user))
-            found: Retrieved = await scorer.retrieve.remote(key_of(Namespace.USER, user), history, k, exclude)
+            found: Retrieved = await scorer.retrieve.remote(
+                key_of(Namespace.USER, user), history, k, context, at_ms, exclude
+            )
             return found
 
     async def append(self, events: Sequence[ActionEvent]) -> list[Appended]:

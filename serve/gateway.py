@@ -74,7 +74,9 @@ class Backend(Protocol):
 
     async def rank(self, user: Id, history: History, items: Keys, features: Keys, at_ms: int) -> Ranked: ...
 
-    async def retrieve(self, user: Id, history: History, k: int, exclude: Keys) -> Retrieved: ...
+    async def retrieve(
+        self, user: Id, history: History, k: int, context: Keys, at_ms: int, exclude: Keys
+    ) -> Retrieved: ...
 
     async def append(self, events: Sequence[ActionEvent]) -> list[Appended]: ...
 
@@ -149,12 +151,14 @@ class _Gateway:
         k = min(DEFAULT_K, self._config.serve.max_k) if request.k is None else request.k
         _limit("k", k, self._config.serve.max_k)
         _limit("exclude", len(request.exclude), self._config.serve.max_candidates)
+        at_ms = self._time("at_ms", request.at_ms)
+        context = self._context_keys(request.context)
         exclude = _keys(Namespace.ITEM, request.exclude)
         async with self._patience():
             held = await self._backend.history(request.user_id)
             if request.exclude_history:
                 exclude = np.concatenate([exclude, held.history.items])
-            found = await self._backend.retrieve(request.user_id, held.history, k, exclude)
+            found = await self._backend.retrieve(request.user_id, held.history, k, context, at_ms, exclude)
         shown = _as_given(request.ids_as_strings)
         return _json(
             RetrieveAnswer(
@@ -259,11 +263,8 @@ class _Gateway:
     def _feature_keys(self, context: dict[str, Id], candidates: Sequence[Candidate]) -> Keys:
         """(C, F): the request's context for each candidate, and each candidate's own features."""
         config = self._config.events
-        self._known_names("context", context, config.context)
         out = np.full((len(candidates), len(config.features)), ABSENT, np.int64)
-        for column, name in enumerate(config.context):
-            if name in context:
-                out[:, column] = key_of(Namespace.FEATURE + column, context[name])
+        out[:, : len(config.context)] = self._context_keys(context)
         for row, candidate in enumerate(candidates):
             if candidate.item_features:
                 field = f"candidates.{row}.item_features"
@@ -272,6 +273,16 @@ class _Gateway:
                     if name in candidate.item_features:
                         out[row, column] = key_of(Namespace.FEATURE + column, candidate.item_features[name])
         return out
+
+    def _context_keys(self, context: dict[str, Id]) -> Keys:
+        """The request's context in the columns of training: (C,)."""
+        names = self._config.events.context
+        self._known_names("context", context, names)
+        keys = [
+            key_of(Namespace.FEATURE + column, context[name]) if name in context else ABSENT
+            for column, name in enumerate(names)
+        ]
+        return np.array(keys, np.int64)
 
     def _known_names(self, field: str, given: dict[str, Id], names: list[str]) -> None:
         unknown = given.keys() - set(names)

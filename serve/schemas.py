@@ -55,6 +55,8 @@ class RetrieveRequest(_Request):
 
     user_id: WireId
     k: int | None = pydantic.Field(None, ge=1, description="default: 100, or the configured limit if lower")
+    context: Features = pydantic.Field({}, description="categorical features of the moment")
+    at_ms: Timestamp | None = pydantic.Field(None, description="when they are shown; default: now")
     exclude: list[WireId] = pydantic.Field([], description="items not to answer")
     exclude_history: bool = pydantic.Field(False, description="nor those in the user's history")
     ids_as_strings: bool = False

@@ -35,8 +35,12 @@ class Scorer:
     async def rank(self, user: int, history: History, items: Keys, features: Keys, at_ms: int) -> Ranked:
         return await self._in_turn(self._engine.rank, history, items, at_ms, features=features, user=user)
 
-    async def retrieve(self, user: int, history: History, k: int, exclude: Keys) -> Retrieved:
-        return await self._in_turn(self._engine.retrieve, history, k, exclude=exclude, user=user)
+    async def retrieve(
+        self, user: int, history: History, k: int, context: Keys, at_ms: int, exclude: Keys
+    ) -> Retrieved:
+        return await self._in_turn(
+            self._engine.retrieve, history, k, at_ms, context=context, exclude=exclude, user=user
+        )
 
     async def manifest(self) -> Manifest:
         """Of the version being served. Raises EngineNotReady before the first one."""

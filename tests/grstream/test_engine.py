@@ -260,7 +260,7 @@ def test_the_cache_spares_what_it_can_and_nothing_that_changed() -> None:
     served.swap(VERSIONS[2])
     assert reuse(long) is Reuse.MISS
     assert reuse(long, user=None) is Reuse.MISS
-    assert served.retrieve(long, 3, user=7).reuse is Reuse.HIT
+    assert served.retrieve(long, 3, NOW, user=7).reuse is Reuse.HIT
 
 
 def test_the_least_recently_used_user_is_forgotten_first() -> None:
@@ -280,34 +280,44 @@ def test_the_least_recently_used_user_is_forgotten_first() -> None:
 @pytest.mark.parametrize("n", [0, 9])
 def test_retrieval_is_exact_and_ranks_items_alone(n: int) -> None:
     past, served = history(4, n), engine()
-    everything = served.retrieve(past, 1000)
+    everything = served.retrieve(past, 1000, NOW)
     assert sorted(everything.items.tolist()) == sorted(ITEMS[:30].tolist())
     assert (np.diff(everything.scores) <= 0).all()
     assert everything.names == {int(ITEMS[0]): "zero"}
     assert everything.version == 1
-    few = served.retrieve(past, 4, exclude=everything.items[[0, 2]])
+    few = served.retrieve(past, 4, NOW, exclude=everything.items[[0, 2]])
     np.testing.assert_array_equal(few.items, everything.items[[1, 3, 4, 5]])
-    assert len(served.retrieve(past, 5, exclude=ITEMS).items) == 0
+    assert len(served.retrieve(past, 5, NOW, exclude=ITEMS).items) == 0
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_retrieval_scores_are_the_newest_memory_token_against_item_vectors(number: int) -> None:
-    past, held = history(4, 9), VERSIONS[number]
+def test_retrieval_scores_are_newest_and_request_token_against_item_vectors(number: int) -> None:
+    past, held, context = history(4, 9), VERSIONS[number], PLACES[1:3]
     model, none = model_of(held), np.full(2, ABSENT, np.int64)
+    before = plain_tokens(held, past, past.features[-1, :2], NOW, none)  # the same context: no token for it
+    tokens = plain_tokens(held, past, context, NOW, none)
+    tokens = dataclasses.replace(tokens, query_kinds=torch.tensor([Kind.REQUEST]))
     with torch.inference_mode():
-        memory = model(plain_tokens(held, past, none, NOW, none)).memory
         table = model.item_vectors(torch.from_numpy(held.weights.rows[:30]))
-        scores = (model.user_vectors(memory[-1:]) @ table.T)[0].numpy()
-    found = engine(number).retrieve(past, 30)
+        user = model.user_vectors(model(before).memory[-1:] + model(tokens).query)
+        scores = (user @ table.T)[0].numpy()
+    found = engine(number).retrieve(past, 30, NOW, context=context)
     by_key = dict(zip(found.items.tolist(), found.scores.tolist(), strict=True))
     np.testing.assert_allclose([by_key[k] for k in ITEMS[:30].tolist()], scores, **TOLERANCE)
+    for other in (
+        engine(number).retrieve(past, 30, NOW + 86_400_000, context=context),
+        engine(number).retrieve(past, 30, NOW),
+    ):
+        assert not np.allclose(other.scores, found.scores, **TOLERANCE), "time and context count"
+    with pytest.raises(WrongFeatures, match="expected 2 features of context, got 1"):
+        engine(number).retrieve(past, 30, NOW, context=context[:1])
 
 
 def test_before_the_first_version_an_engine_says_that_it_is_not_ready() -> None:
     with pytest.raises(EngineNotReady, match="publish"):
         engine(None).rank(history(0, 2), ITEMS[:1], NOW)
     with pytest.raises(EngineNotReady, match="publish"):
-        engine(None).retrieve(history(0, 2), 1)
+        engine(None).retrieve(history(0, 2), 1, NOW)
     assert engine(None).manifest is None
 
 

@@ -152,10 +152,10 @@ def test_it_learns_which_items_follow_which() -> None:
         items = torch.randint(0, 8, (64,)).numpy()
         items[1::2] = np.where(np.random.default_rng(0).random(32) < 0.5, items[::2], items[1::2])
         pairs = batch([2] * 32, [Role.CONTEXT, Role.NEW] * 32)
-        packed, _ = fused(pairs, vectors[items])
+        packed, new = fused(pairs, vectors[items])
         liked = torch.from_numpy((items[::2] == items[1::2]).astype(np.float32))
         loss = torch.nn.functional.binary_cross_entropy_with_logits(
-            model.action_logits(model(packed).query)[:, 0], liked
+            model.action_logits(new.ranking(model(packed, new.readout)))[:, 0], liked
         )
         optimizer.zero_grad()
         loss.backward()

@@ -54,6 +54,7 @@ class FakeBackend:
         self.features: Keys | None = None
         self.at_ms = -1
         self.exclude: Keys | None = None
+        self.context: Keys | None = None
         self.broken: Callable[[], Any] | None = None
 
     async def history(self, user: Id) -> UserHistory:
@@ -67,8 +68,10 @@ class FakeBackend:
         scores = np.stack([ids / 1000, 1 - ids / 1000], axis=1).astype(np.float32)
         return Ranked(scores, ids < 10, version=4, reuse=Reuse.MISS)
 
-    async def retrieve(self, user: Id, history: History, k: int, exclude: Keys) -> Retrieved:
-        self.exclude = exclude
+    async def retrieve(
+        self, user: Id, history: History, k: int, context: Keys, at_ms: int, exclude: Keys
+    ) -> Retrieved:
+        self.exclude, self.context, self.at_ms = exclude, context, at_ms
         items = np.array([key_of(Namespace.ITEM, i) for i in ("a/b", 2**60)][:k])
         names = {key_of(Namespace.ITEM, "a/b"): "a/b"}
         return Retrieved(items, names, np.array([2.0, 1.0], np.float32)[:k], version=4, reuse=Reuse.HIT)
@@ -257,6 +260,10 @@ def test_context_and_item_features_reach_the_scorer_in_the_columns_of_training(
     assert backend.features is not None
     assert backend.features.tolist() == [[place, genre], [place, ABSENT]]
     assert backend.at_ms == 55
+    assert client.post(RETRIEVE, json={"user_id": 1, "context": {"place": 9}, "at_ms": 66}).status_code == 200
+    assert backend.context is not None
+    assert backend.context.tolist() == [place]
+    assert backend.at_ms == 66
 
 
 def test_large_ids_survive_a_javascript_client_as_strings(client: TestClient) -> None:
