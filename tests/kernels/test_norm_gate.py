@@ -116,6 +116,10 @@ def test_only_o_and_u_are_kept_for_the_backward_pass(dtype: torch.dtype) -> None
         ({"weight": torch.zeros(2)}, r"weight must have shape \(3,\)"),
         ({"epsilon": 0.0}, "epsilon must be positive"),
         ({"implementation": "magic"}, "no implementation 'magic'"),
+        (
+            {"o": torch.zeros(2, 3, dtype=torch.float64), "implementation": "triton"},
+            "compute in fp32: for torch.float64 use pytorch",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change: dict, message: str) -> None:
