@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from kernels import UNKNOWN_TIME
 from kernels.paged import paged_attention
 from tests.attention_cases import TABLES, Case, case
 from tests.paged_cases import Paged, candidates, in_pages, paged_cases
@@ -67,6 +68,15 @@ def test_long_histories_and_large_micro_batches_in_pages_of_all_sizes(dtype: tor
         bound = 1e-5 if dtype == torch.float32 else 2**-7
         size = 1 + magnitude(drawn.case)
         assert bool(((out.double() - exact(drawn.case)).abs() <= bound * size).all())
+
+
+def test_candidates_may_be_shown_at_times_of_their_own() -> None:
+    """Rows that differ in nothing but their time, known or not, or in nothing but what they see."""
+    drawn = case([40, 40], [[40] * 4, [40, 39, 40, 0]], times="some", dtype=torch.float32)
+    times = torch.tensor([10**6, 10**10, UNKNOWN_TIME, 5, 7, 7, 7, 7])
+    drawn.sight = dataclasses.replace(drawn.sight, row_times=times)
+    out = in_pages(drawn, 16).run(IMPLEMENTATION)
+    torch.testing.assert_close(out.double(), exact(drawn), atol=1e-5, rtol=1e-5)
 
 
 def test_candidates_in_another_order_have_the_same_results() -> None:
