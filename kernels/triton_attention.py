@@ -24,13 +24,12 @@ from kernels.sight import Sight
 from kernels.triton_bias import UNSEEN
 from kernels.triton_tiles import Tiles, edges, tiles
 
-# Past the last bucket the table goes on with its value up to the largest difference of two times, 2^62, so
-# that the kernels need not hold buckets down.
-_TIMES = 2 * 62 + 2
+# Past the last bucket the table goes on with its value, up to the largest difference of two times, 2^62, and
+# further to a power of 2.
+TIME_ROWS = 128
 _LARGEST_BLOCK = 128
 
 
-_WARPS, _STAGES = 8, 2  # launch options that are not tuned
 _TUNED = [(4, 2), (8, 2), (8, 3)]  # and those tried
 
 
@@ -80,8 +79,15 @@ def attention(
     return out
 
 
-def blocks_for(dtype: torch.dtype, widest: int) -> tuple[Blocks, Blocks]:
+def launch_options(amd: bool) -> dict[str, int]:
+    """Those that are not tuned: with them no kernel spills a register (`tests/kernels/test_triton_compiled.py`)."""
+    return {"num_warps": 4, "num_stages": 1} if amd else {"num_warps": 8, "num_stages": 3}
+
+
+def blocks_for(dtype: torch.dtype, widest: int, amd: bool) -> tuple[Blocks, Blocks]:
     """The tiles of the kernels by rows and of the one by memory, for heads of up to `widest` numbers."""
+    if amd:
+        return Blocks(64, 32), Blocks(32, 64, by_memory=True)
     if dtype == torch.float32 or widest > 128:
         return Blocks(64, 32), Blocks(32, 64, by_memory=True)
     return Blocks(128, 64), Blocks(32, 128, by_memory=True)
@@ -113,14 +119,16 @@ class _Attention(torch.autograd.Function):
         )
         gradient = gradient.to(q.dtype).contiguous()
         sums = launch.sums()
-        launch.run(
-            triton_backward.backward_rows,
-            gradient=gradient,
-            q_gradient=q,
-            k_self_gradient=k_self,
-            v_self_gradient=v_self,
-            sums=sums,
-        )
+        by_rows = {
+            "gradient": gradient,
+            "q_gradient": q,
+            "k_self_gradient": k_self,
+            "v_self_gradient": v_self,
+            "sums": sums,
+        }
+        launch.run(triton_backward.backward_rows, **by_rows, MIXED_SUMS=False)
+        if position_bias is not None or time_bias is not None:
+            launch.run(triton_backward.backward_rows, **by_rows, MIXED_SUMS=True)
         launch.run(triton_backward.backward_memory, gradient=gradient, k_gradient=k, v_gradient=v)
         tables = sums.sum(0).t() / 2  # (positions + times, H); the kernels leave SiLU's half out
         of_position, of_time = tables.split(launch.table_rows)
@@ -143,28 +151,27 @@ class _Launch:
         bits = None if position_bias is None else position_bits(len(position_bias))
         self.call = call
         self.tensors = dict(zip(("q", "k", "v", "k_self", "v_self"), tensors, strict=True))
-        self.blocks = blocks_for(q.dtype, max(q.shape[2], v.shape[2]))
+        self.amd = torch.version.hip is not None
+        self.blocks = blocks_for(q.dtype, max(q.shape[2], v.shape[2]), self.amd)
         self.plans = functools.partial(call.sight.planned, _tiles, bits, time_bias is not None)
         differences = call.sight.planned(_differences, bits)
         none = q.new_zeros(heads, 1, dtype=torch.float32)
         position = none if position_bias is None else position_bias.t().to(torch.float32) / 2
         time = none if time_bias is None else time_bias.t().to(torch.float32) / 2
         if time_bias is not None:
-            time = torch.cat((time, time[:, -1:].expand(-1, _TIMES - TIME_BUCKETS)), 1)
+            time = torch.cat((time, time[:, -1:].expand(-1, TIME_ROWS - TIME_BUCKETS)), 1)
         by_difference = position.index_select(1, differences.bucket).masked_fill_(differences.unseen, UNSEEN)
         self.table_rows = [position.shape[1], time.shape[1]]
-        nvidia = q.is_cuda and torch.version.hip is None
+        nvidia = q.is_cuda and not self.amd
         narrow = q.dtype != torch.float32
         self.shared = {
             "row_prefix": call.sight.row_prefix,
             "row_clock": call.sight.row_clock,
             "memory_times": call.sight.memory_times,
-            "by_difference": by_difference,
-            "position_table": position.contiguous(),
-            "time_table": time.contiguous(),
+            "tables": torch.cat((position, time, by_difference), 1),
             "position_edges": differences.edges,
             "time_edges": differences.time_edges,
-            "span": len(differences.bucket),
+            "table_stride": sum(self.table_rows) + len(differences.bucket),
             "origin": differences.longest,
             "half_alpha": call.alpha / 2,
             "octave": differences.longest.bit_length(),
@@ -185,9 +192,9 @@ class _Launch:
     def sums(self) -> Tensor:
         """Where the programs of rows add up the tables' gradients: (programs, H, positions + times)."""
         programs = len(self.plans(self.blocks[0]).programs)
-        return self.shared["by_difference"].new_zeros(programs, self.shared["HEADS"], sum(self.table_rows))
+        return self.shared["tables"].new_zeros(programs, self.shared["HEADS"], sum(self.table_rows))
 
-    def run(self, kernel: Any, **own: Tensor) -> None:
+    def run(self, kernel: Any, **own: Any) -> None:
         """Launches a kernel with the arguments it names."""
         blocks = self.blocks["k_gradient" in own]
         plan = self.plans(blocks)
@@ -201,22 +208,25 @@ class _Launch:
             "offsets": plan.offsets,
             "BLOCK_ROWS": blocks.rows,
             "BLOCK_MEMORY": blocks.memory,
+            "WINDOW": triton.next_power_of_2(plan.window),
         }
         arguments = {name: given[name] for name in kernel.arg_names}
         grid = (len(plan.programs), self.shared["HEADS"])
         if self.tensors["q"].is_cuda and not self.call.deterministic:
             _tuned(kernel)[grid](**arguments)
         else:
-            kernel[grid](**arguments, num_warps=_WARPS, num_stages=_STAGES)
+            kernel[grid](**arguments, **launch_options(self.amd))
 
 
 @functools.cache
 def _tuned(kernel: Any) -> Any:
     """The kernel with launch options tried out for each octave of lengths and each shape of heads."""
     configs = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in _TUNED]
-    key = ["octave", "HEADS", "QK", "V", "HAS_POSITION", "HAS_TIME", "BLOCK_ROWS"]
-    sums = ["sums"] if "sums" in kernel.arg_names else []
-    return triton.autotune(configs, key, reset_to_zero=sums)(kernel)
+    keys = ("octave", "HEADS", "QK", "V", "HAS_POSITION", "HAS_TIME", "BLOCK_ROWS", "WINDOW", "MIXED_SUMS")
+    added_to = [name for name in ("sums",) if name in kernel.arg_names]
+    return triton.autotune(configs, [key for key in keys if key in kernel.arg_names], restore_value=added_to)(
+        kernel
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,8 +243,8 @@ class _Differences:
 def _differences(sight: Sight, bits: int | None) -> _Differences:
     device = sight.row_prefix.device
     longest = int(sight.memory_lengths.max()) if len(sight.memory_lengths) else 0
-    # A tile reaches past the end of its sequence by less than a block.
-    difference = longest - torch.arange(2 * longest + _LARGEST_BLOCK, device=device)
+    span = longest + triton.next_power_of_2(longest + _LARGEST_BLOCK)  # whatever the window, it ends before
+    difference = longest - torch.arange(span, device=device)
     bucket = torch.zeros_like(difference) if bits is None else position_bucket(difference, bits)
     return _Differences(
         longest,

@@ -15,7 +15,9 @@ import triton.language as tl
 
 from kernels.triton_bias import silu_of_half_and_slope
 from kernels.triton_pairs import (
+    BEYOND,
     MIXED,
+    STEPPED,
     UNIFORM,
     Bias,
     add_bias,
@@ -25,6 +27,7 @@ from kernels.triton_pairs import (
     load_times,
     store_block,
     time_compared,
+    time_row,
 )
 
 
@@ -51,13 +54,11 @@ def backward_rows(
     programs,  # of rows, as triton_tiles.Tiles has them
     entries,
     offsets,
-    by_difference,  # the halved tables, one head after another: see triton_pairs.Bias
-    position_table,
-    time_table,
-    position_edges,
+    tables,  # (H, table_stride) fp32: the halved biases by position, by time and by difference
+    position_edges,  # the least difference of each bucket
     time_edges,
-    span,  # of by_difference: entries a head
-    origin,  # where in them difference 0 is
+    table_stride,
+    origin,  # where in the biases by difference that of 0 is
     half_alpha,
     octave,  # of the longest history, for tuning
     POSITIONS: tl.constexpr,  # rows of the position table
@@ -74,43 +75,42 @@ def backward_rows(
     APPROXIMATE: tl.constexpr,
     PTX: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MIXED_SUMS: tl.constexpr,  # nothing but the tables' gradients from mixed tiles; else everything but those
 ):
     program, head = programs + tl.program_id(0) * 8, tl.program_id(1)
     first, end = tl.load(program), tl.load(program + 1)
     memory_end, memory_first = tl.load(program + 2), tl.load(program + 3)
-    bias = Bias(
-        by_difference + head * span + origin,
-        position_table + head * POSITIONS,
-        time_table + head * TIMES,
-        position_edges,
-        time_edges,
-    )
+    table = tables + head * table_stride
+    bias = Bias(table + (POSITIONS + TIMES) + origin, table, table + POSITIONS, position_edges, time_edges)
     position_sums = sums + (tl.program_id(0).to(tl.int64) * HEADS + head) * (POSITIONS + TIMES)
     time_sums = position_sums + POSITIONS
     token = first + tl.arange(0, BLOCK_ROWS)
-    prefix = tl.load(row_prefix + token, mask=token < end, other=0).to(tl.int32)
+    prefix = tl.load(row_prefix + token, mask=token < end, other=BEYOND).to(tl.int32)
     clock = tl.load(row_clock + token, mask=token < end, other=0)
     queries = load_block(q + head * QK, first, end, q_stride, BLOCK_ROWS, QK, PADDED_QK, False)
     errors = load_block(gradient + head * V, first, end, HEADS * V, BLOCK_ROWS, V, PADDED_V, False)
 
-    # The rows' own pairs, whose biases are the tables' first.
-    own_keys = load_block(k_self + head * QK, first, end, k_self_stride, BLOCK_ROWS, QK, PADDED_QK, False)
-    own_values = load_block(v_self + head * V, first, end, v_self_stride, BLOCK_ROWS, V, PADDED_V, False)
-    own = tl.sum(queries.to(tl.float32) * own_keys.to(tl.float32), 1) * half_alpha
-    own += tl.load(bias.position) + tl.load(bias.time)
-    own_weight, own_slope = silu_of_half_and_slope(own, APPROXIMATE)
-    own_error = tl.sum(errors.to(tl.float32) * own_values.to(tl.float32), 1)
-    own_error += own_error * own_slope
-    own_values = own_weight[:, None] * errors.to(tl.float32)
-    store_block(v_self_gradient + head * V, own_values, first, end, HEADS * V, BLOCK_ROWS, V, PADDED_V)
-    own_queries = (own_error * half_alpha)[:, None] * queries.to(tl.float32)
-    store_block(k_self_gradient + head * QK, own_queries, first, end, HEADS * QK, BLOCK_ROWS, QK, PADDED_QK)
-    total = own_error[:, None] * own_keys.to(tl.float32)
-    own_sum = tl.sum(own_error)
-    tl.atomic_add(position_sums, own_sum, sem="relaxed")
-    tl.atomic_add(time_sums, own_sum, sem="relaxed")
+    if not MIXED_SUMS:
+        # The rows' own pairs, whose biases are the tables' first.
+        own_keys = load_block(k_self + head * QK, first, end, k_self_stride, BLOCK_ROWS, QK, PADDED_QK, False)
+        own = tl.sum(queries.to(tl.float32) * own_keys.to(tl.float32), 1) * half_alpha
+        own += tl.load(bias.position) + tl.load(bias.time)
+        own_weight, own_slope = silu_of_half_and_slope(own, APPROXIMATE)
+        own_values = load_block(v_self + head * V, first, end, v_self_stride, BLOCK_ROWS, V, PADDED_V, False)
+        own_error = tl.sum(errors.to(tl.float32) * own_values.to(tl.float32), 1)
+        own_error += own_error * own_slope
+        own_values = own_weight[:, None] * errors.to(tl.float32)
+        store_block(v_self_gradient + head * V, own_values, first, end, HEADS * V, BLOCK_ROWS, V, PADDED_V)
+        own_queries = (own_error * half_alpha)[:, None] * queries.to(tl.float32)
+        k_self_gradient += head * QK
+        store_block(k_self_gradient, own_queries, first, end, HEADS * QK, BLOCK_ROWS, QK, PADDED_QK)
+        total = own_error[:, None] * own_keys.to(tl.float32)
+        own_sum = tl.sum(own_error)
+        tl.atomic_add(position_sums, own_sum, sem="relaxed")
+        tl.atomic_add(time_sums, own_sum, sem="relaxed")
 
-    for KIND in tl.static_range(3):
+    for KIND in tl.static_range(MIXED if MIXED_SUMS else UNIFORM, MIXED + 1):
         for at in tl.range(tl.load(program + 4 + KIND), tl.load(program + 5 + KIND)):
             tile = load_tile(entries, at)
             keys = load_block(
@@ -121,7 +121,6 @@ def backward_rows(
             )
             other = tile.first + tl.arange(0, BLOCK_MEMORY)
             moment = load_times(memory_times, offsets, other, memory_end, KIND)
-            position = other - memory_first
             half = dot(queries, keys.T, None, PRECISION) * half_alpha
             half = add_bias(
                 half,
@@ -129,42 +128,51 @@ def backward_rows(
                 tile,
                 prefix,
                 clock,
-                position,
+                tile.first - memory_first,
                 moment,
                 KIND,
                 True,
                 HAS_POSITION,
                 HAS_TIME,
                 PTX,
+                WINDOW,
+                BLOCK_MEMORY,
             )
             _, slope = silu_of_half_and_slope(half, APPROXIMATE)
             error = dot(errors, values.T, None, PRECISION)
             error += error * slope
-            total = dot(error.to(keys.dtype), keys, total, PRECISION)
+            if not MIXED_SUMS:
+                total = dot(error.to(keys.dtype), keys, total, PRECISION)
             if KIND == UNIFORM:
                 sum_ = tl.sum(error)
                 if HAS_POSITION:
                     tl.atomic_add(position_sums + tile.position_low, sum_, sem="relaxed")
                 if HAS_TIME:
                     tl.atomic_add(time_sums + tile.time_low, sum_, sem="relaxed")
-            else:
-                if HAS_POSITION:
-                    add_position_sums(position_sums, error, bias, tile, prefix, position)
+            elif KIND == STEPPED or MIXED_SUMS:
                 if HAS_TIME:
                     add_time_sums(time_sums, error, bias, tile, clock, moment, KIND)
-    total *= half_alpha
-    store_block(q_gradient + head * QK, total, first, end, HEADS * QK, BLOCK_ROWS, QK, PADDED_QK)
+                if HAS_POSITION:
+                    add_position_sums(
+                        position_sums, error, bias, tile, prefix - (tile.first - memory_first), BLOCK_MEMORY
+                    )
+    if not MIXED_SUMS:
+        total *= half_alpha
+        store_block(q_gradient + head * QK, total, first, end, HEADS * QK, BLOCK_ROWS, QK, PADDED_QK)
 
 
 @triton.jit
-def add_position_sums(sums, error, bias, tile, prefix, position):
-    """Adds a tile's errors up by bucket of position: what reaches one, less what reaches the next."""
+def add_position_sums(sums, error, bias, tile, prefix, BLOCK_MEMORY: tl.constexpr):
+    """Adds a tile's errors up by bucket of position: what reaches one, less what reaches the next.
+
+    `prefix` counts from the tile's first memory token.
+    """
     sum_ = tl.sum(error)
     if tile.position_low < tile.position_high:
+        position = tl.arange(0, BLOCK_MEMORY).to(tl.float32)
         for bucket in tl.range(tile.position_low + 1, tile.position_high + 1):
             reach = prefix.to(tl.float32) - tl.load(bias.position_edges + bucket)
-            reached = (position.to(tl.float32)[None, :] <= reach[:, None]).to(tl.float32)
-            later = tl.sum(error * reached)
+            later = tl.sum(error * (position[None, :] <= reach[:, None]).to(tl.float32))
             tl.atomic_add(sums + bucket - 1, sum_ - later, sem="relaxed")
             sum_ = later
     tl.atomic_add(sums + tile.position_high, sum_, sem="relaxed")
@@ -175,14 +183,14 @@ def add_time_sums(sums, error, bias, tile, clock, moment, KIND: tl.constexpr):
     """The same by bucket of time."""
     sum_ = tl.sum(error)
     if tile.time_low < tile.time_high:
+        if KIND == MIXED:
+            row = time_row(clock[:, None] - moment[None, :]).to(tl.float32)
         for bucket in tl.range(tile.time_low + 1, tile.time_high + 1):
             if KIND == MIXED:
-                edge = tl.load(bias.time_edges + bucket)
-                earlier = (clock - edge)[:, None] < moment[None, :]
+                later = tl.sum(error * (row >= bucket).to(tl.float32))
             else:
                 less, more = time_compared(bias, tile, clock, moment, bucket, True)
-                earlier = less < more
-            later = tl.sum(tl.where(earlier, 0.0, error))
+                later = tl.sum(tl.where(less < more, 0.0, error))
             tl.atomic_add(sums + bucket - 1, sum_ - later, sem="relaxed")
             sum_ = later
     tl.atomic_add(sums + tile.time_high, sum_, sem="relaxed")
@@ -205,13 +213,11 @@ def backward_memory(
     programs,  # of memory, as triton_tiles.Tiles has them
     entries,
     offsets,
-    by_difference,  # the halved tables, one head after another: see triton_pairs.Bias
-    position_table,
-    time_table,
-    position_edges,
+    tables,  # (H, table_stride) fp32: the halved biases by position, by time and by difference
+    position_edges,  # the least difference of each bucket
     time_edges,
-    span,  # of by_difference: entries a head
-    origin,  # where in them difference 0 is
+    table_stride,
+    origin,  # where in the biases by difference that of 0 is
     half_alpha,
     octave,  # of the longest history, for tuning
     POSITIONS: tl.constexpr,  # rows of the position table
@@ -228,17 +234,13 @@ def backward_memory(
     APPROXIMATE: tl.constexpr,
     PTX: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     program, head = programs + tl.program_id(0) * 8, tl.program_id(1)
     first, end = tl.load(program), tl.load(program + 1)
     row_end, memory_first = tl.load(program + 2), tl.load(program + 3)
-    bias = Bias(
-        by_difference + head * span + origin,
-        position_table + head * POSITIONS,
-        time_table + head * TIMES,
-        position_edges,
-        time_edges,
-    )
+    table = tables + head * table_stride
+    bias = Bias(table + (POSITIONS + TIMES) + origin, table, table + POSITIONS, position_edges, time_edges)
     token = first + tl.arange(0, BLOCK_MEMORY)
     moment = tl.load(memory_times + token, mask=token < end, other=0)
     keys = load_block(k + head * QK, first, end, k_stride, BLOCK_MEMORY, QK, PADDED_QK, False)
@@ -255,7 +257,7 @@ def backward_memory(
                 gradient + head * V, tile.first, row_end, HEADS * V, BLOCK_ROWS, V, PADDED_V, KIND != MIXED
             )
             other = tile.first + tl.arange(0, BLOCK_ROWS)
-            prefix = tl.load(row_prefix + other, mask=other < row_end, other=0).to(tl.int32)
+            prefix = tl.load(row_prefix + other, mask=other < row_end, other=BEYOND).to(tl.int32)
             clock = load_times(row_clock, offsets, other, row_end, KIND)
             half = dot(keys, queries.T, None, PRECISION) * half_alpha
             half = add_bias(
@@ -264,13 +266,15 @@ def backward_memory(
                 tile,
                 prefix,
                 clock,
-                token - memory_first,
+                first - memory_first,
                 moment,
                 KIND,
                 False,
                 HAS_POSITION,
                 HAS_TIME,
                 PTX,
+                WINDOW,
+                BLOCK_MEMORY,
             )
             weights, slope = silu_of_half_and_slope(half, APPROXIMATE)
             error = dot(values, errors.T, None, PRECISION)

@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 
 from kernels.triton_bias import silu_of_half
-from kernels.triton_pairs import MIXED, Bias, add_bias, dot, load_block, load_tile, load_times, store_block
+from kernels.triton_pairs import (
+    BEYOND,
+    MIXED,
+    Bias,
+    add_bias,
+    dot,
+    load_block,
+    load_tile,
+    load_times,
+    store_block,
+)
 
 
 @triton.jit(do_not_specialize=["octave"])
@@ -31,13 +41,11 @@ def forward(
     programs,  # of rows, as triton_tiles.Tiles has them
     entries,
     offsets,
-    by_difference,  # the halved tables, one head after another: see triton_pairs.Bias
-    position_table,
-    time_table,
-    position_edges,
+    tables,  # (H, table_stride) fp32: the halved biases by position, by time and by difference
+    position_edges,  # the least difference of each bucket
     time_edges,
-    span,  # of by_difference: entries a head
-    origin,  # where in them difference 0 is
+    table_stride,
+    origin,  # where in the biases by difference that of 0 is
     half_alpha,
     octave,  # of the longest history, for tuning
     POSITIONS: tl.constexpr,  # rows of the position table
@@ -54,19 +62,15 @@ def forward(
     APPROXIMATE: tl.constexpr,
     PTX: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     program, head = programs + tl.program_id(0) * 8, tl.program_id(1)
     first, end = tl.load(program), tl.load(program + 1)
     memory_end, memory_first = tl.load(program + 2), tl.load(program + 3)
-    bias = Bias(
-        by_difference + head * span + origin,
-        position_table + head * POSITIONS,
-        time_table + head * TIMES,
-        position_edges,
-        time_edges,
-    )
+    table = tables + head * table_stride
+    bias = Bias(table + (POSITIONS + TIMES) + origin, table, table + POSITIONS, position_edges, time_edges)
     token = first + tl.arange(0, BLOCK_ROWS)
-    prefix = tl.load(row_prefix + token, mask=token < end, other=0).to(tl.int32)
+    prefix = tl.load(row_prefix + token, mask=token < end, other=BEYOND).to(tl.int32)
     clock = tl.load(row_clock + token, mask=token < end, other=0)
     queries = load_block(q + head * QK, first, end, q_stride, BLOCK_ROWS, QK, PADDED_QK, False)
     own_keys = load_block(k_self + head * QK, first, end, k_self_stride, BLOCK_ROWS, QK, PADDED_QK, False)
@@ -92,13 +96,15 @@ def forward(
                 tile,
                 prefix,
                 clock,
-                other - memory_first,
+                tile.first - memory_first,
                 moment,
                 KIND,
                 True,
                 HAS_POSITION,
                 HAS_TIME,
                 PTX,
+                WINDOW,
+                BLOCK_MEMORY,
             )
             weights = silu_of_half(half, APPROXIMATE).to(values.dtype)
             total = dot(weights, values, total, PRECISION)

@@ -17,7 +17,9 @@ UNIFORM = tl.constexpr(triton_tiles.UNIFORM)
 STEPPED = tl.constexpr(triton_tiles.STEPPED)
 MIXED = tl.constexpr(triton_tiles.MIXED)
 MOST_STEPS = tl.constexpr(triton_tiles.MOST_STEPS)
+BEYOND = tl.constexpr(1 << 30)  # prefix of a row that is not there
 _MOST = tl.constexpr(2**32 - 1)
+TIME_ROWS = tl.constexpr(128)  # of the longer table of times
 
 
 class Bias(NamedTuple):
@@ -38,17 +40,17 @@ class Tile(NamedTuple):
     time_high: Any
     position_low: Any
     position_high: Any
+    most: Any  # that one of its rows sees
     before: Any  # a millisecond before the other side's earliest time
 
 
 @triton.jit
 def load_tile(entries, at):
-    entry = entries + at * 3
-    packed = tl.load(entry + 1)
+    entry = entries + at * 4
+    first, packed = tl.load(entry).to(tl.int32), tl.load(entry + 1)
     low, high = packed.to(tl.int32), (packed >> 32).to(tl.int32)
-    return Tile(
-        tl.load(entry).to(tl.int32), low & 0xFF, (low >> 8) & 0xFF, low >> 16, high, tl.load(entry + 2)
-    )
+    most, before = tl.load(entry + 2).to(tl.int32), tl.load(entry + 3)
+    return Tile(first, low & 0xFF, (low >> 8) & 0xFF, low >> 16, high, most, before)
 
 
 @triton.jit
@@ -90,7 +92,7 @@ def store_block(
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    """`total` plus the product of two matrices. "widened" is for the interpreter, which multiplies bf16's bits."""
+    """`total` plus a product; "widened" for the interpreter, which multiplies the bits of bf16."""
     if PRECISION == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
@@ -113,22 +115,10 @@ def over(x, rows_first: tl.constexpr, rows: tl.constexpr):
 
 
 @triton.jit
-def gather(table, index, PTX: tl.constexpr):
-    """table[index] of a float32 table that stays in L1, in the layout of `index`.
-
-    `tl.load` would be given a layout of its own, and its result a detour through shared memory.
-    """
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b64 at; mad.wide.s32 at, $1, 4, $2; ld.global.nc.f32 $0, [at]; }",
-            "=f,r,l",
-            [index, table.to(tl.int64)],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return tl.load(table + index)
+def look_up(table, index):
+    """table[index] for a vector and a matrix, through shared memory and in the layout of `index`."""
+    found = tl.gather(table, tl.reshape(index, [index.shape[0] * index.shape[1]]), 0)
+    return tl.reshape(found, index.shape)
 
 
 @triton.jit
@@ -157,30 +147,41 @@ def load_times(times, offsets, token, end, KIND: tl.constexpr):
 
 
 @triton.jit
+def time_row(passed):
+    """Where in the longer table of times a difference is: its bucket, had the last one an end."""
+    rounded = passed.to(tl.float32).to(tl.int32, bitcast=True)
+    return tl.maximum(rounded >> TIME_SHIFT, TIME_OFFSET) - TIME_OFFSET
+
+
+@triton.jit
 def add_bias(
     half,
     bias,
     tile,
     prefix,  # of the tile's rows
     clock,  # of its rows, or what `load_times` gives of them if not ROWS_FIRST
-    position,  # of its memory tokens, in their sequence
+    position,  # of its first memory token, in its sequence
     moment,  # of its memory tokens, or what `load_times` gives of them if ROWS_FIRST
     KIND: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
     HAS_POSITION: tl.constexpr,
     HAS_TIME: tl.constexpr,
     PTX: tl.constexpr,
+    WINDOW: tl.constexpr,  # a power of 2 that the differences of any tile's pairs fit
+    BLOCK_MEMORY: tl.constexpr,
 ):
     """Half the scores plus half the biases of (rows, memory), or of (memory, rows) if not ROWS_FIRST."""
     if KIND == UNIFORM:
         return half + (tl.load(bias.position + tile.position_low) + tl.load(bias.time + tile.time_low))
-    if KIND == MIXED or HAS_POSITION:
-        back = over(position, ROWS_FIRST, False) - over(prefix, ROWS_FIRST, True)
-        half += gather(bias.by_difference, back, PTX)
     if KIND == MIXED and HAS_TIME:
         passed = over(clock, ROWS_FIRST, True) - over(moment, ROWS_FIRST, False)
-        rounded = passed.to(tl.float32).to(tl.int32, bitcast=True)
-        half += gather(bias.time - TIME_OFFSET, tl.maximum(rounded >> TIME_SHIFT, TIME_OFFSET), PTX)
+        half += look_up(tl.load(bias.time + tl.arange(0, TIME_ROWS)), time_row(passed))
+    if KIND == MIXED or HAS_POSITION:
+        # The differences in a tile lie side by side; rows past the end are like the one that sees most.
+        ahead = tl.maximum(tile.most - prefix, 0)
+        window = bias.by_difference + (position - tile.most) + tl.arange(0, WINDOW)
+        index = over(ahead, ROWS_FIRST, True) + over(tl.arange(0, BLOCK_MEMORY), ROWS_FIRST, False)
+        half += look_up(tl.load(window), index)
     if KIND == STEPPED and HAS_TIME:
         # From the last bucket down, a step where a pair is in an earlier one.
         half += tl.load(bias.time + tile.time_high)

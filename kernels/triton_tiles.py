@@ -36,12 +36,12 @@ class Tiles:
     # (P, 8) int32: a program's own first token and end, the end of the sequence's other side, the start of
     # its memory, then in `entries` where each kind's tiles begin and the last one's end.
     programs: Tensor
-    entries: (
-        Tensor  # (E, 4) int32: first token of the other side, time buckets low | high << 8, position's two
-    )
-    offsets: (
-        Tensor  # (elements of the other side,) int32 of uint32 bits: milliseconds since its block's `before`
-    )
+    # (E, 4) int64: the other side's first token; the least and greatest bucket of time and of position, in 8,
+    # 8, 16 and 32 bits; the most memory tokens that one of its rows sees; just before the other side's times.
+    entries: Tensor
+    # (elements of the other side,) int32, a uint32's bits: milliseconds since just before its block's times
+    offsets: Tensor
+    window: int  # the most differences of position in a tile, out of sight or not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +122,13 @@ def tiles(
     programs = torch.cat((torch.stack(ranges, 1), bounds), 1)
     work = bounds[:, 3] - bounds[:, 0]
     packed = time_low | time_high << 8 | position_low << 16 | position_high << 32
-    entries = torch.stack((theirs.first[there], packed, theirs.earliest[there] - 1), 1)
+    entries = torch.stack((theirs.first[there], packed, most[row], theirs.earliest[there] - 1), 1)
     offsets = (theirs.times - theirs.earliest[theirs.of_element] + 1).clamp_(max=2**32 - 1)
     return Tiles(
         programs[torch.argsort(work, descending=True, stable=True)].to(torch.int32).contiguous(),
         entries[listed],
         offsets.to(torch.int32),
+        int((most - least).max()) + block_memory if len(most) else block_memory,
     )
 
 

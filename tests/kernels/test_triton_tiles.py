@@ -46,11 +46,13 @@ def test_every_pair_in_sight_is_in_one_tile_which_knows_its_buckets(
         assert other_end in (row_end if by_memory else memory_end)
         for kind in (UNIFORM, STEPPED, MIXED):
             for at in range(bounds[kind], bounds[kind + 1]):
-                other, packed, before = plan.entries[at].tolist()
+                other, packed, most, before = plan.entries[at].tolist()
                 until = min(other + (block_rows if by_memory else block_memory), other_end)
                 mine, theirs = torch.arange(first, end), torch.arange(other, until)
                 rows, memory = (theirs, mine) if by_memory else (mine, theirs)
                 met[rows.unsqueeze(1), memory] += 1
+                assert most == int(sight.row_prefix[rows].max())
+                assert most - int(sight.row_prefix[rows].min()) + block_memory <= plan.window
                 away = sight.row_prefix[rows].unsqueeze(1) - (memory - memory_first)
                 if kind != MIXED:
                     assert (away > 0).all()

@@ -49,7 +49,8 @@ def check(drawn: Case, dtype: torch.dtype) -> None:
     expected = results(exact, "reference", weights.to(dtype).double())
     for name, got in results(ours, "triton", weights.to(dtype)).items():
         assert got.dtype == (torch.float32 if name == "out" else ours.arrays[name].dtype)
-        scale = float(expected[name].abs().max()) if expected[name].numel() else 0.0
+        # What cancels may leave less than what was added up, which is of the order of 1.
+        scale = max(float(expected[name].abs().max()), 0.25) if expected[name].numel() else 0.0
         torch.testing.assert_close(
             got.double(),
             expected[name],
