@@ -2,8 +2,8 @@
 
     compiled("sm_90", kernel, {"q": "*bf16", …, "BLOCK": 128}, num_warps=4, num_stages=3)
 
-Arguments are types, but for constexprs, which are values. Pointers, and integers whose name ends in `stride`,
-are taken to be divisible by 16, as the launcher finds them where widths are. Not under TRITON_INTERPRET=1.
+Arguments are types, but for constexprs, which are values. Pointers and integers named `…stride` or `width`
+are taken to be divisible by 16, as the launcher finds. Not under TRITON_INTERPRET=1.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def compiled(
         signature[name] = "constexpr" if parameter.is_constexpr else arguments[name]
         if parameter.is_constexpr:
             constants[(at,)] = arguments[name]
-        elif arguments[name].startswith("*") or name.endswith("stride"):
+        elif arguments[name].startswith("*") or name.endswith(("stride", "width")):
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
