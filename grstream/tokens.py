@@ -9,7 +9,8 @@ layout the item's own token is asked: its actions come after it, so it cannot se
 
 Items are retrieved from two tokens' outputs together: the newest memory token's, which leads back to its
 item, and that of a request token, which has no item but carries the time of the request and sees its
-context. Either alone found fewer of the next items.
+context. The newest token alone found fewer of the next items; the request alone far fewer where users come
+back to what they had.
 
 Context is what an event was shown in (the place, the device). It enters as tokens of its own when it
 changes (section 2.1: slowly changing features are kept where they change): one for each feature that is
