@@ -147,7 +147,7 @@ class HSTULayer(Layer):
         rows = [
             lean.Reader(memory, None, sight)
             if x is None
-            else lean.Reader(x, project(x, sum(shape.columns)), sight)
+            else lean.Reader(x, project(x, sum(shape.columns)) if len(x) else None, sight)
             for x, sight in readers
         ]
         tables = (self.position_bias, self.time_bias)

@@ -13,8 +13,7 @@ each. float64 runs too, in float64.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,20 +89,23 @@ def forward(
     outs = vs.new_empty(len(qs), v.shape[2])
     lses = outs.new_empty(len(qs), 1, dtype=wide) if softmax else None
     owns = plan.rows.take(own.unsqueeze(-1)) if softmax and own is not None else None
-    for block, q_block, k_block, v_block, out, lse, mine in work.blocks(ks, vs, qs, outs, lses, owns):
-        scores = work.scores(block, q_block, k_block, alpha)
-        if softmax:
+    for block in plan.blocks:
+        scores = work.scores(block, work.rows(qs, block), work.turned(ks, block), alpha)
+        if lses is not None:
+            lse = work.rows(lses, block)
+            mine = None if owns is None else work.rows(owns, block)
             torch.amax(scores, 2, keepdim=True, out=lse)
             if mine is not None:
                 torch.maximum(lse, mine, out=lse)
             total = scores.sub_(lse).exp_().sum(2, keepdim=True)
             if mine is not None:
                 total += (mine - lse).exp_()
-            weights = scores.div_(total)
+            scores.div_(total)
             lse.add_(total.log_())
         else:
-            weights = torch.ops.aten.silu.out(scores, out=scores)
-        torch.bmm(work.narrow(weights), v_block, out=out)
+            torch.ops.aten.silu.out(scores, out=scores)
+        weights = work.narrow("scores", block).plain
+        torch.bmm(weights, work.seen(vs, block), out=work.rows(outs, block))
     out = plan.rows.give_back(outs).view(v_self.shape).to(wide)
     if not softmax:
         return out if own is None else out.add_(F.silu(own).unsqueeze(-1) * v_self), None
@@ -151,23 +153,23 @@ def backward(
         commons = plan.rows.take(common.unsqueeze(-1), 0)
     d_qs = torch.empty_like(qs)
     d_ks, d_vs = (torch.empty_like(x, dtype=wide) for x in (ks, vs))
-    k_sums, v_sums = work.by_group(d_ks), work.by_group(d_vs)
-    for block, q_block, k_block, v_block, g_block, d_q_block, lse_block, common_block in work.blocks(
-        ks, vs, qs, gs, d_qs, lses, commons
-    ):
-        scores = work.scores(block, q_block, k_block, alpha)
-        d_weights = work.product(g_block, v_block.transpose(1, 2))
-        if softmax:
-            weights = scores.sub_(lse_block).exp_()
-            d_scores = d_weights.sub_(common_block).mul_(weights)
+    for block in plan.blocks:
+        q_block, g_block = work.rows(qs, block), work.rows(gs, block)
+        scores = work.scores(block, q_block, work.turned(ks, block), alpha)
+        d_scores = work.product("d_scores", block, g_block, work.turned(vs, block))
+        if lses is not None and commons is not None:
+            weights = "scores"
+            scores.sub_(work.rows(lses, block)).exp_()
+            d_scores.sub_(work.rows(commons, block)).mul_(scores)
         else:
-            weights = torch.ops.aten.silu.out(scores, out=work.buffer("weights", scores.shape, wide))
-            d_scores = torch.ops.aten.silu_backward.grad_input(d_weights, scores, grad_input=d_weights)
-        work.count(block, d_scores)
-        work.add_into(v_sums[block.group], block, work.narrow(weights), g_block)
-        d_scores = work.narrow(d_scores)
-        work.add_into(k_sums[block.group], block, d_scores, q_block)
-        torch.bmm(d_scores, k_block, out=d_q_block)
+            weights = "weights"
+            torch.ops.aten.silu.out(scores, out=work.buffer(weights, block, wide).plain)
+            torch.ops.aten.silu_backward.grad_input(d_scores, scores, grad_input=d_scores)
+        work.count(block)
+        work.add_into(d_vs, block, work.narrow(weights, block).turned, g_block)
+        narrow = work.narrow("d_scores", block)
+        work.add_into(d_ks, block, narrow.turned, q_block)
+        torch.bmm(narrow.plain, work.seen(ks, block), out=work.rows(d_qs, block))
     d_q = plan.rows.give_back(d_qs).view(q.shape)
     d_k = plan.memory.give_back(d_ks).view(k.shape).mul_(alpha)
     d_v = plan.memory.give_back(d_vs).view(v.shape)
@@ -210,9 +212,9 @@ class _Work:
         self.table = table.flatten(0, 1).t().contiguous()  # (H, (P + 1) · T)
         self.by_head = self.table.unbind()
         self.counts = torch.zeros(self.table.shape, dtype=torch.float64)
-        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        largest = max((b.sequences * b.rows * b.seen for b in self.plan.blocks), default=0)
-        self.largest = largest * heads
+        self.counts_by_head = self.counts.unbind()
+        self.scratch = self.plan.scratch
+        self.index: Tensor  # of the pairs of the block at hand
 
     def own_scores(self, q: Tensor, k_self: Tensor, alpha: float) -> Tensor:
         """The scores of rows' own pairs: (R, H). They lie in the first bucket of both tables."""
@@ -242,83 +244,92 @@ class _Work:
         d_v_self = (weight.unsqueeze(-1) * gradient).to(v_self.dtype)
         return d_scaled * k_self, (d_scaled * q).to(k_self.dtype), d_v_self
 
-    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory that the next block uses again."""
-        held = self.buffers.get((name, dtype))
+    def buffer(self, name: str, block: Block, dtype: torch.dtype) -> "_Buffer":
+        """Memory for a number a pair of a block, which other blocks and passes use again."""
+        key = (name, block.batch, block.rows, block.seen, dtype)
+        held: _Buffer | None = self.scratch.get(key)
         if held is None:
-            held = self.buffers[name, dtype] = torch.empty(self.largest, dtype=dtype)
-        _, rows, columns = shape
-        return held.as_strided(shape, (rows * columns, columns, 1))
+            whole = self.scratch.get((name, dtype))
+            if whole is None:
+                largest = max(b.batch * b.rows * b.seen for b in self.plan.blocks)
+                whole = self.scratch[name, dtype] = torch.empty(largest, dtype=dtype)
+            held = self.scratch[key] = _Buffer.of(whole, block, self.heads)
+        return held
 
-    def by_group(self, memory: Tensor) -> list[Tensor]:
-        """Memory in places, by group: (H · b, width, ·)."""
-        parts = memory.split(self.plan.group_places)
-        return [x.view(-1, n, x.shape[1]) for x, n in zip(parts, self.plan.widths, strict=True)]
+    def rows(self, x: Tensor, block: Block) -> Tensor:
+        """A block's of all rows in places: (H · b, r, ·)."""
+        width = x.shape[1]
+        shape, strides = (block.batch, block.rows, width), (block.rows * width, width, 1)
+        return x.as_strided(shape, strides, block.start * width)
 
-    def blocks(self, ks: Tensor, vs: Tensor, *rows: Tensor | None) -> Iterator[tuple[Any, ...]]:
-        """Each block, its rows of the first of `rows`, the k and v that they see, and its other rows.
+    def seen(self, x: Tensor, block: Block) -> Tensor:
+        """What a block sees of the memory in places: (H · b, n, ·)."""
+        (padded, start), width = self.plan.groups[block.group], x.shape[1]
+        return x.as_strided((block.batch, block.seen, width), (padded * width, width, 1), start * width)
 
-        All (H · b, r or n, ·).
-        """
-        k_groups, v_groups = self.by_group(ks), self.by_group(vs)
-        parts = [None if x is None else x.split(self.plan.block_places) for x in rows]
-        for at, block in enumerate(self.plan.blocks):
-            k, v = k_groups[block.group], v_groups[block.group]
-            if block.seen < k.shape[1]:
-                k, v = k[:, : block.seen], v[:, : block.seen]
-            shape = (-1, block.rows)
-            first, *others = (None if x is None else x[at].view(*shape, x[at].shape[1]) for x in parts)
-            yield block, first, k, v, *others
+    def turned(self, x: Tensor, block: Block) -> Tensor:
+        """The same with its last two dimensions changed about."""
+        (padded, start), width = self.plan.groups[block.group], x.shape[1]
+        return x.as_strided((block.batch, width, block.seen), (padded * width, 1, width), start * width)
 
     def scores(self, block: Block, q: Tensor, k: Tensor, alpha: float) -> Tensor:
-        """(H · b, r, n) in fp32 or wider, UNSEEN out of sight."""
-        shape = (len(q), block.rows, block.seen)
-        scores = self.buffer("scores", shape, self.wide)
-        pairs = len(block.pairs)
-        copies = scores.numel() // self.heads // pairs
-        bias = scores if copies == 1 else self.buffer("bias", (self.heads, 1, pairs), self.wide)
-        for head, table in enumerate(self.by_head):
-            torch.index_select(table, 0, block.pairs, out=bias.as_strided((pairs,), (1,), head * pairs))
-        by_head = (self.heads, copies, pairs)
-        if self.dtype == self.wide:
-            if copies > 1:
-                scores.view(by_head).copy_(bias)
-            return scores.baddbmm_(q, k.transpose(1, 2), alpha=alpha)
-        product = torch.bmm(q, k.transpose(1, 2), out=self.buffer("product", shape, self.dtype))
-        bias = bias.view(self.heads, -1, pairs)
-        torch.add(bias, product.view(by_head), alpha=alpha, out=scores.view(by_head))
-        return scores
+        """(H · b, r, n) in fp32 or wider, UNSEEN out of sight, from (H · b, r, ·) and (H · b, ·, n)."""
+        self.index = index = block.pairs
+        scores = self.buffer("scores", block, self.wide)
+        shared = len(index) * self.heads < scores.plain.numel()
+        if not shared:
+            for table, out in zip(self.by_head, scores.heads, strict=True):
+                torch.index_select(table, 0, index, out=out)
+            if self.dtype == self.wide:
+                return scores.plain.baddbmm_(q, k, alpha=alpha)
+            bias = scores.by_head
+        else:
+            bias = torch.stack([table.index_select(0, index) for table in self.by_head]).unsqueeze(1)
+            if self.dtype == self.wide:
+                scores.by_head.copy_(bias.view(self.heads, 1, *scores.by_head.shape[2:]))
+                return scores.plain.baddbmm_(q, k, alpha=alpha)
+            bias = bias.view(self.heads, 1, *scores.by_head.shape[2:])
+        product = self.buffer("product", block, self.dtype)
+        torch.bmm(q, k, out=product.plain)
+        torch.add(bias, product.by_head, alpha=alpha, out=scores.by_head)
+        return scores.plain
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
+    def product(self, name: str, block: Block, a: Tensor, b: Tensor) -> Tensor:
         """a @ b in a buffer, in a wide dtype."""
-        shape = (len(a), a.shape[1], b.shape[2])
-        out = torch.bmm(a, b, out=self.buffer("product", shape, self.dtype))
-        return out if self.dtype == self.wide else self.buffer("product", shape, self.wide).copy_(out)
+        out = self.buffer(name, block, self.wide).plain
+        if self.dtype == self.wide:
+            return torch.bmm(a, b, out=out)
+        return out.copy_(torch.bmm(a, b, out=self.buffer("product", block, self.dtype).plain))
 
-    def narrow(self, x: Tensor) -> Tensor:
-        """x as matrix products take it."""
-        return x if self.dtype == self.wide else self.buffer("narrow", x.shape, self.dtype).copy_(x)
+    def narrow(self, name: str, block: Block) -> "_Buffer":
+        """A wide buffer as matrix products take it."""
+        wide = self.buffer(name, block, self.wide)
+        if self.dtype == self.wide:
+            return wide
+        narrow = self.buffer("product", block, self.dtype)
+        narrow.plain.copy_(wide.plain)
+        return narrow
 
     def add_into(self, total: Tensor, block: Block, pairs: Tensor, rows: Tensor) -> None:
-        """Adds each sequence's pairsᵀ @ rows to its sum (H · b, width, ·)."""
-        pairs = pairs.transpose(1, 2)
+        """Adds each sequence's pairs (H · b, n, r) @ rows to what the block sees of a sum over blocks."""
+        into = self.seen(total, block)
         if not block.first:
-            total[:, : block.seen].add_(torch.bmm(pairs, rows))
+            into.add_(torch.bmm(pairs, rows))
         elif self.dtype == self.wide:
-            torch.bmm(pairs, rows, out=total)
+            torch.bmm(pairs, rows, out=into)
         else:
-            total.copy_(torch.bmm(pairs, rows))
+            into.copy_(torch.bmm(pairs, rows))
 
-    def count(self, block: Block, d_scores: Tensor) -> None:
-        """Adds a block's part of the pair table's gradient."""
+    def count(self, block: Block) -> None:
+        """Adds a block's d_scores to the pair table's gradient."""
         if self.position_bias is None and self.time_bias is None:
             return
-        pairs = len(block.pairs)
-        by_head = d_scores.view(self.heads, -1, pairs)
-        by_head = by_head.view(self.heads, pairs) if by_head.shape[1] == 1 else by_head.sum(1)
-        size = self.counts.shape[1]
-        for counts, weights in zip(self.counts.unbind(), by_head.unbind(), strict=True):
-            counts.add_(torch.bincount(block.pairs, weights, size))
+        index, size = self.index, self.counts.shape[1]
+        buffer = self.buffer("d_scores", block, self.wide)
+        shared = len(index) * self.heads < buffer.plain.numel()
+        by_head = buffer.by_head.sum(1).flatten(1).unbind() if shared else buffer.heads
+        for counts, weights in zip(self.counts_by_head, by_head, strict=True):
+            counts.add_(torch.bincount(index, weights, size))
 
     def tables(self) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of both tables."""
@@ -330,6 +341,22 @@ class _Work:
         if self.time_bias is not None:
             d_time = counts.sum(0).to(self.time_bias.dtype)
         return d_position, d_time
+
+
+class _Buffer(NamedTuple):
+    """One memory seen in several ways."""
+
+    plain: Tensor  # (H · b, r, n)
+    turned: Tensor  # (H · b, n, r)
+    by_head: Tensor  # (H, b, r, n)
+    heads: tuple[Tensor, ...]  # H times (b · r · n,)
+
+    @classmethod
+    def of(cls, memory: Tensor, block: Block, heads: int) -> "_Buffer":
+        shape = (block.batch, block.rows, block.seen)
+        plain = memory[: math.prod(shape)].view(shape)
+        by_head = plain.unflatten(0, (heads, -1))
+        return cls(plain, plain.transpose(1, 2), by_head, by_head.flatten(1).unbind())
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

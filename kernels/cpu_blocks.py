@@ -14,6 +14,8 @@ Rows that are the memory itself can have their own pairs among the others: a row
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ BLOCK_PAIRS = 1 << 17  # of one head: 512 KiB of fp32
 BLOCK_ROWS = 48  # rows of a sequence in a block: memory later than the last row's is not computed
 WASTE_SHARE = 0.1  # padded pairs a group may carry per real one
 WASTE_PAIRS = 1 << 12  # and in any case: computing them takes less time than another block's PyTorch calls
+KEPT_PAIRS = 1 << 24  # of all sequences, up to which pairs' places are kept for other layers: 64 MiB
 MEMORY_PAIRS = 8  # a padded memory token costs about as much as so many padded pairs
 
 
@@ -70,16 +73,27 @@ class Order:
         return taken.index_copy_(0, self.missing, otherwise.index_select(0, self.missing))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Block:
     """b sequences' next r rows against the first n memory tokens of each, for every head."""
 
     group: int
-    sequences: int  # b
+    batch: int  # H · b
     rows: int  # r
     seen: int  # n
+    start: int  # its first place among all rows'
     first: bool  # of its group, seeing all of its memory
-    pairs: Tensor  # (b · r · n,) int32, each pair's place in a pair table; (r · n,) where sequences agree
+    find_pairs: Callable[[], Tensor]
+    kept: bool
+
+    @functools.cached_property
+    def _pairs(self) -> Tensor:
+        return self.find_pairs()
+
+    @property
+    def pairs(self) -> Tensor:
+        """(b · r · n,) int32, each pair's place in a pair table; (r · n,) where sequences agree."""
+        return self._pairs if self.kept else self.find_pairs()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +101,11 @@ class Plan:
     """The blocks of a Sight, each group's together and the one that sees most first."""
 
     blocks: tuple[Block, ...]
-    widths: tuple[int, ...]  # of each group: padded memory tokens of a sequence
-    block_places: list[int]  # H · b · r of each block
-    group_places: list[int]  # H · b · width of each group
+    groups: tuple[tuple[int, int], ...]  # of each: padded memory tokens of a sequence, first place in memory
     position_rows: int  # rows of the position table that pairs in sight reach
     rows: Order
     memory: Order
+    scratch: dict[Any, Any] = dataclasses.field(default_factory=dict)  # buffers, which all passes use again
 
 
 def rows_are_memory(sight: Sight) -> bool:
@@ -113,104 +126,107 @@ def plan(sight: Sight, bits: int, timed: bool, heads: int, own: bool) -> Plan:
     disagree.
     """
     row_lengths, seen = sight.row_lengths.tolist(), _seen(sight)
-    prefixes, clock, times = sight.row_prefix, sight.row_clock, sight.memory_times
     if own:
-        prefixes, seen = prefixes + 1, row_lengths
-    row_starts, memory_starts = jagged.starts(sight.row_lengths), jagged.starts(sight.memory_lengths)
+        seen = row_lengths
+    rows = _Places(sight.row_lengths, row_lengths, heads)
+    memory = _Places(sight.memory_lengths, sight.memory_lengths.tolist(), heads)
     pair_index = _PairIndex(sight, max(seen, default=0), bits, timed, own)
-    rows, memory = _Places(heads), _Places(heads)
+    kept = sum(r * n for r, n in zip(row_lengths, seen, strict=True)) <= KEPT_PAIRS
     blocks: list[Block] = []
-    widths: list[int] = []
+    groups: list[tuple[int, int]] = []
     for members in _groups(row_lengths, seen):
         width, longest = max(seen[s] for s in members), max(row_lengths[s] for s in members)
-        member = torch.tensor(members)
-        memory_index, real = _spread(memory_starts[member], sight.memory_lengths[member], width)
-        memory.put(memory_index, real)
-        index, real = _spread(row_starts[member], sight.row_lengths[member], longest)  # (b, longest)
-        pairs = pair_index(prefixes[index], real, clock[index], times[memory_index])
+        groups.append((width, memory.add(members, 0, width)))
+        pairs = pair_index(members, longest, width, rows, memory)
         step = -(-longest // -(-longest // BLOCK_ROWS))
         cuts = [(first, min(first + step, longest)) for first in range(0, longest, step)]
-        most = [pairs.most(first, last) for first, last in cuts]
+        most = [min(max(*pairs.sees[first:last], 1), width) for first, last in cuts]
         order = sorted(range(len(cuts)), key=lambda at: -most[at])
         for at in order:
             first, last = cuts[at]
-            rows.put(index[:, first:last], real[:, first:last])
-            shape = (len(widths), len(members), last - first, most[at])
-            blocks.append(Block(*shape, at == order[0], pairs.of(first, last, most[at]).view(-1)))
-        widths.append(width)
+            start = rows.add(members, first, last)
+            find = functools.partial(pairs.of, first, last, most[at])
+            shape = (len(members) * heads, last - first, most[at], start)
+            blocks.append(Block(len(groups) - 1, *shape, at == order[0], find, kept))
     return Plan(
         tuple(blocks),
-        tuple(widths),
-        rows.sizes,
-        memory.sizes,
+        tuple(groups),
         pair_index.position_rows,
         rows.order(len(sight.row_prefix)),
         memory.order(len(sight.memory_times)),
     )
 
 
-def _spread(starts: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """The first elements of each sequence, its last one repeated past its end, and which are real.
-
-    Both (b, longest).
-    """
-    columns = torch.arange(longest)
-    index = starts.unsqueeze(1) + columns.minimum((lengths - 1).unsqueeze(1))
-    return index, columns < lengths.unsqueeze(1)
-
-
 class _PairIndex:
     """Finds each pair's place in the pair table, whose last position row stands for pairs out of sight."""
 
     def __init__(self, sight: Sight, longest: int, bits: int, timed: bool, own: bool) -> None:
-        self.timed, self.own, self.longest = timed, own, longest
-        difference = torch.arange(-longest, longest + 1)  # p_i - p_j, less one where rows see themselves
+        self.sight, self.longest, self.timed, self.own = sight, longest, timed, own
+        difference = torch.arange(-longest, longest + 1)  # p_i - p_j, one more where rows see themselves
         distance = difference - int(own)
         bucket = position_bucket(distance, bits) if bits else torch.zeros_like(distance, dtype=torch.int32)
         self.position_rows = int(bucket[-1]) + 1
         bucket = torch.where(difference > 0, bucket, self.position_rows)
         # For each difference + longest where its bucket starts in a pair table, less the time offset.
         self.bases = (bucket * TIME_BUCKETS - TIME_OFFSET if timed else bucket).to(torch.int32)
+        self.columns = torch.arange(longest, dtype=torch.int32)
         # A row's own pair is in the first bucket of time, also where its time is unknown.
         self.mend = own and timed and bool((sight.memory_times == UNKNOWN_TIME).any())
 
-    def __call__(self, prefix: Tensor, real: Tensor, clock: Tensor, times: Tensor) -> "_GroupPairs":
-        """A group's, from (b, longest), (b, longest), (b, longest) and (b, width)."""
+    def __call__(
+        self, members: list[int], longest: int, width: int, rows: "_Places", memory: "_Places"
+    ) -> "_GroupPairs":
+        prefix, sees = torch.arange(1, longest + 1).unsqueeze(0), list(range(1, longest + 1))
+        clock = times = None
+        if self.timed or not self.own:
+            index, real = rows.elements(members, longest)
+            if not self.own:
+                prefix, sees = self._prefixes(index, real)
+            if self.timed:
+                clock = self.sight.row_clock[index]
+                times = self.sight.memory_times[index if self.own else memory.elements(members, width)[0]]
+                if bool((times == times[0, 0]).all()) and bool((clock == clock[0, 0]).all()):
+                    clock, times = clock[:1], times[:1]  # one for all sequences
+                clock, times = clock.unsqueeze(2), times.unsqueeze(1)
+        start = (prefix + self.longest).to(torch.int32).unsqueeze(2)
+        return _GroupPairs(self, start, sees, clock, times)
+
+    def _prefixes(self, index: Tensor, real: Tensor) -> tuple[Tensor, list[int]]:
+        """The rows' prefixes (b, longest), or (1, longest) where sequences agree, and the largest of each."""
+        prefix = self.sight.row_prefix[index]
         # Rows that follow one another in every sequence: padded ones may go on, as nothing reads them.
         regular = prefix[:1, :1] + torch.arange(prefix.shape[1])
-        if self.own or (int(regular[0, -1]) <= self.longest and bool(((prefix == regular) | ~real).all())):
+        if int(regular[0, -1]) <= self.longest and bool(((prefix == regular) | ~real).all()):
             prefix = regular
         else:
             prefix = prefix * real  # a padded row sees nothing
-        if bool((times == times[0, 0]).all()) and bool((clock == clock[0, 0]).all()):
-            clock, times = clock[:1], times[:1]  # one for all sequences
-        return _GroupPairs(self, prefix, prefix.amax(0).tolist(), clock, times)
+        return prefix, prefix.amax(0).tolist()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _GroupPairs:
-    index: _PairIndex
-    prefix: Tensor  # (b or 1, longest)
-    sees: list[int]  # (longest,) the most that a sequence's row sees
-    clock: Tensor  # (b or 1, longest)
-    times: Tensor  # (b or 1, width)
+    """What a group's pairs are found from."""
 
-    def most(self, first: int, last: int) -> int:
-        return min(max(*self.sees[first:last], 1), self.times.shape[1])
+    index: _PairIndex
+    start: Tensor  # (b or 1, longest, 1) int32, where in the bases a row's pair with the first token is
+    sees: list[int]  # (longest,) the most that a sequence's row sees
+    clock: Tensor | None  # (b or 1, longest, 1)
+    times: Tensor | None  # (b or 1, 1, width)
 
     def of(self, first: int, last: int, n: int) -> Tensor:
-        """Rows [first, last) against the first n memory tokens: (b or 1, r, n) int32."""
-        longest, bases = self.index.longest, self.index.bases
-        column = torch.arange(n, dtype=torch.int32)
-        difference = (self.prefix[:, first:last] + longest).to(torch.int32).unsqueeze(2) - column
-        base = bases.index_select(0, difference.view(-1)).view(difference.shape)
-        if not self.index.timed:
+        """Rows [first, last) against the first n memory tokens: (b · r · n,) or (r · n,) int32."""
+        place = self.start[:, first:last] - self.index.columns[:n]
+        base = self.index.bases.index_select(0, place.view(-1))
+        if self.clock is None or self.times is None:
             return base
-        passed = (self.clock[:, first:last].unsqueeze(2) - self.times[:, :n].unsqueeze(1)).to(torch.float32)
+        passed = (self.clock[:, first:last] - self.times[:, :, :n]).to(torch.float32)
         # buckets.time_bucket, in place, its offset being in the bases already
-        bucket = (passed.view(torch.int32) >> TIME_SHIFT).clamp_(TIME_OFFSET, TIME_OFFSET + TIME_BUCKETS - 1)
-        bucket = bucket.add_(base) if len(bucket) >= len(base) else bucket + base
-        return bucket.masked_fill_(difference == longest + 1, 0) if self.index.mend else bucket
+        pairs = (passed.view(torch.int32) >> TIME_SHIFT).clamp_(TIME_OFFSET, TIME_OFFSET + TIME_BUCKETS - 1)
+        base = base.view(place.shape)
+        pairs = pairs.add_(base) if len(pairs) >= len(base) else pairs + base
+        if self.index.mend:
+            pairs.masked_fill_(place == self.index.longest + 1, 0)
+        return pairs.view(-1)
 
 
 def _seen(sight: Sight) -> list[int]:
@@ -250,26 +266,47 @@ def _groups(row_lengths: list[int], seen: list[int]) -> list[list[int]]:
 
 
 class _Places:
-    """Collects which elements stand where, part after part, and makes an Order of it."""
+    """Collects which elements of packed sequences stand where, part after part, and makes an Order of it.
 
-    def __init__(self, heads: int) -> None:
-        self.heads = heads
-        self.sizes: list[int] = []
-        self.elements: list[Tensor] = []
-        self.real: list[Tensor] = []
+    A part has elements [first, last) of each of some sequences, heads outermost; the last element of a
+    sequence is repeated past its end.
+    """
 
-    def put(self, index: Tensor, real: Tensor) -> None:
-        self.elements.append(index.reshape(-1))
-        self.real.append(real.reshape(-1))
-        self.sizes.append(index.numel() * self.heads)
+    def __init__(self, lengths: Tensor, length_list: list[int], heads: int) -> None:
+        self.lengths, self.length_list, self.heads = lengths, length_list, heads
+        self.starts = jagged.starts(lengths)
+        self.start_list: list[int] = self.starts.tolist()
+        self.size = 0
+        self.runs: tuple[list[int], ...] = ([], [], [], [], [])  # start, length, first, count, head of each
+
+    def elements(self, members: list[int], longest: int) -> tuple[Tensor, Tensor]:
+        """The first elements of each sequence, and which are real: (b, longest)."""
+        member, columns = torch.tensor(members), torch.arange(longest)
+        lengths = self.lengths[member].unsqueeze(1)
+        return self.starts[member].unsqueeze(1) + columns.minimum(lengths - 1), columns < lengths
+
+    def add(self, members: list[int], first: int, last: int) -> int:
+        """Adds a part, and says where it starts."""
+        runs = len(members) * self.heads
+        start, length, firsts, counts, heads = self.runs
+        start += [self.start_list[s] for s in members] * self.heads
+        length += [self.length_list[s] for s in members] * self.heads
+        firsts += [first] * runs
+        counts += [last - first] * runs
+        heads += [head for head in range(self.heads) for _ in members]
+        self.size += runs * (last - first)
+        return self.size - runs * (last - first)
 
     def order(self, elements: int) -> Order:
-        if not self.elements:
+        if not self.size:
             nothing = torch.empty(0, dtype=torch.int64)
             return Order(self.heads, nothing, nothing, None, None)
-        head = torch.arange(self.heads).unsqueeze(1)
-        source = torch.cat([(part * self.heads + head).view(-1) for part in self.elements])
-        padded = torch.cat([(~real).expand(self.heads, -1).reshape(-1) for real in self.real])
+        runs = torch.tensor(self.runs)
+        counts = runs[3]
+        start, length, first, _, head = runs.repeat_interleave(counts, 1)
+        column = first + jagged.positions(counts)
+        source = (start + column.minimum(length - 1)) * self.heads + head
+        padded = column >= length
         inverse = torch.full((elements * self.heads + 1,), -1)
         # Repetitions all write to one place more, which is cut off.
         inverse[torch.where(padded, elements * self.heads, source)] = torch.arange(len(source))

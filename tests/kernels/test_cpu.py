@@ -110,6 +110,7 @@ def test_rows_in_order_share_one_index_of_their_positions() -> None:
         blocks = sight.planned(cpu_blocks.plan, 3, timed, 2, False).blocks
         assert len(blocks) == 3
         for block in blocks:
+            assert block.batch == 2 * 3
             assert len(block.pairs) == (1 if shared else 3) * block.rows * block.seen
 
 
