@@ -14,7 +14,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grstream.layers import HSTULayer
@@ -62,7 +62,13 @@ def encode(model: HSTU, batch: Padded) -> Tensor:
 def _layer(layer: HSTULayer, x: Tensor, bucket: Tensor, passed: Tensor, unseen: Tensor) -> Tensor:
     assert layer.position_bias is not None
     qk, v = layer.heads * layer.qk, layer.heads * layer.v
-    projected = F.silu(layer._linear(layer.norm(x), layer.project_in.weight, layer.project_in.bias))
+
+    def linear(x: Tensor, of: nn.Linear) -> Tensor:
+        bias = None if of.bias is None else of.bias.to(dtype)
+        return F.linear(x.to(dtype), of.weight.to(dtype), bias)
+
+    dtype = x.dtype if layer.reduced is None else layer.reduced
+    projected = F.silu(linear(layer.norm(x), layer.project_in))
     keys, values, queries, gate = projected.split((qk, v, qk, v), 2)
 
     def by_head(y: Tensor) -> Tensor:
@@ -75,7 +81,7 @@ def _layer(layer: HSTULayer, x: Tensor, bucket: Tensor, passed: Tensor, unseen: 
     scores = (by_head(queries) * layer.qk**-0.5) @ by_head(keys).transpose(2, 3) + bias
     seen = (F.silu(scores) @ by_head(values)).transpose(1, 2).flatten(2)  # (B, window, H · d_v)
     gated = layer.norm_out(seen.to(x.dtype)) * gate
-    return x + layer.dropout(layer._linear(gated, layer.project_out.weight, None)).to(x.dtype)
+    return x + layer.dropout(linear(gated, layer.project_out)).to(x.dtype)
 
 
 class _ByBucket(torch.autograd.Function):

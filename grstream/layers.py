@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from kernels import POSITION_BUCKETS, TIME_BUCKETS, Sight, attention, position_rows
 from kernels import layer as lean
+from kernels.matmul import linear
 from kernels.paged import PagedSight, paged_attention
 
 if TYPE_CHECKING:  # it brings pydantic, which a bare GPU machine need not have
@@ -104,8 +105,8 @@ class Layer(nn.Module):
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.reduced is None:
-            return F.linear(x, weight, bias)
-        return F.linear(
+            return linear(x, weight, bias)
+        return linear(
             x.to(self.reduced), weight.to(self.reduced), None if bias is None else bias.to(self.reduced)
         )
 
@@ -137,11 +138,11 @@ class HSTULayer(Layer):
             dropout=self.dropout.p if self.training else 0.0,
             reduced=self.reduced,
         )
-        norm, linear = self.norm, self.project_in
+        norm, into = self.norm, self.project_in
         columns = sum(shape.columns) if any(x is None for x, _ in readers) else sum(shape.columns[:2])
 
         def project(x: Tensor, columns: int) -> Tensor:
-            weight, bias = linear.weight[:columns], linear.bias[:columns]
+            weight, bias = into.weight[:columns], into.bias[:columns]
             return lean.project(x, norm.weight, norm.bias, weight, bias, shape)
 
         rows = [
@@ -182,9 +183,9 @@ class TransformerLayer(Layer):
         self.norm_out = nn.LayerNorm(config.dim, LAYER_NORM_EPSILON)
         self.widen = nn.Linear(config.dim, hidden)
         self.narrow = nn.Linear(hidden, config.dim)
-        for linear, gain in ((self.project_in, 1.0), (self.widen, 1.0), (self.narrow, BRANCH_GAIN)):
-            nn.init.xavier_uniform_(linear.weight, gain)
-            nn.init.zeros_(linear.bias)
+        for map_, gain in ((self.project_in, 1.0), (self.widen, 1.0), (self.narrow, BRANCH_GAIN)):
+            nn.init.xavier_uniform_(map_.weight, gain)
+            nn.init.zeros_(map_.bias)
 
     def project(self, x: Tensor) -> Projected:
         qk, v = self.heads * self.qk, self.heads * self.v

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.matmul import matmul
+
 # Rows whose logits are held at once: 256 rows of 4,000 bf16 logits are 2 MB, which a core's caches hold.
 CHUNK_ROWS = 256
 LEAST_LOGARITHM = 80.0  # -log of the smallest share that fp32 and bf16 hold with all their bits, and less
@@ -47,11 +49,11 @@ class _FullSoftmax(torch.autograd.Function):
         for first in range(0, len(users), CHUNK_ROWS):
             rows = slice(first, first + CHUNK_ROWS)
             u = users[rows].to(dtype)
-            shares = torch.softmax(u @ columns, 1)  # (rows, V)
+            shares = torch.softmax(matmul(u, columns), 1)  # (rows, V)
             losses[rows] = -shares.gather(1, targets[rows].unsqueeze(1)).squeeze(1).to(wide).log()
             if learning:
-                of_users[rows] = (shares @ items).to(users.dtype)
-                of_columns += u.t() @ shares  # this way round: it is faster than its transpose
+                of_users[rows] = matmul(shares, items).to(users.dtype)
+                of_columns += matmul(u.t(), shares)  # this way round: it is faster than its transpose
         lost = (losses > LEAST_LOGARITHM).nonzero().squeeze(1)  # a share too small to have a logarithm
         if len(lost):
             losses[lost] = F.cross_entropy(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.buckets import position_bits
-from kernels.cpu_blocks import Block, Plan, plan, rows_are_memory
+from kernels.cpu_blocks import Block, Order, Plan, plan, rows_are_memory
 from kernels.sight import Sight
 
 UNSEEN = -1e30  # bias of a pair out of sight: SiLU, exp and their derivatives are 0 there in every float type
@@ -85,15 +85,15 @@ def forward(
     if not plan.blocks:
         own = work.own_scores(q, k_self, alpha)
         return (v_self.to(wide), own) if softmax else (F.silu(own).unsqueeze(-1) * v_self, None)
-    qs, ks, vs = plan.rows.take(q), plan.memory.take(k), plan.memory.take(v)
-    outs = vs.new_empty(len(qs), v.shape[2])
-    lses = outs.new_empty(len(qs), 1, dtype=wide) if softmax else None
-    owns = plan.rows.take(own.unsqueeze(-1)) if softmax and own is not None else None
-    for block in plan.blocks:
-        scores = work.scores(block, work.rows(qs, block), work.turned(ks, block), alpha)
+    qs, ks, vs = work.taken("q", q), work.taken("k", k), work.taken("v", v)
+    outs = work.places("out", plan.rows, v.shape[2], v.dtype)
+    lses = work.places("lse", plan.rows, 1, wide) if softmax else None
+    owns = work.taken("own", own.unsqueeze(-1)) if softmax and own is not None else None
+    for at, block in enumerate(plan.blocks):
+        scores = work.scores(block, qs.plain[at], ks.turned[at], alpha)
         if lses is not None:
-            lse = work.rows(lses, block)
-            mine = None if owns is None else work.rows(owns, block)
+            lse = lses.plain[at]
+            mine = None if owns is None else owns.plain[at]
             torch.amax(scores, 2, keepdim=True, out=lse)
             if mine is not None:
                 torch.maximum(lse, mine, out=lse)
@@ -104,13 +104,12 @@ def forward(
             lse.add_(total.log_())
         else:
             torch.ops.aten.silu.out(scores, out=scores)
-        weights = work.narrow("scores", block).plain
-        torch.bmm(weights, work.seen(vs, block), out=work.rows(outs, block))
-    out = plan.rows.give_back(outs).view(v_self.shape).to(wide)
+        torch.bmm(work.narrow("scores", block).plain, vs.plain[at], out=outs.plain[at])
+    out = plan.rows.give_back(outs.whole).view(v_self.shape).to(wide)
     if not softmax:
         return out if own is None else out.add_(F.silu(own).unsqueeze(-1) * v_self), None
     assert lses is not None
-    lse = plan.rows.give_back(lses, None if own is None else own.view(-1, 1)).view(q.shape[:2])
+    lse = plan.rows.give_back(lses.whole, None if own is None else own.view(-1, 1)).view(q.shape[:2])
     return out if own is None else out.add_((own - lse).exp_().unsqueeze(-1) * v_self), lse
 
 
@@ -145,34 +144,35 @@ def backward(
     if not plan.blocks:
         d_q, d_k_self, d_v_self = own_pairs or (torch.zeros_like(q), None, None)
         return d_q.to(q.dtype), torch.zeros_like(k), torch.zeros_like(v), d_k_self, d_v_self, *work.tables()
-    qs, ks, vs = plan.rows.take(q), plan.memory.take(k), plan.memory.take(v)
-    gs = plan.rows.take(gradient.to(q.dtype), 0)
+    qs, ks, vs = work.taken("q", q), work.taken("k", k), work.taken("v", v)
+    gs = work.taken("gradient", gradient.to(q.dtype), 0)
     lses = commons = None
     if lse is not None and common is not None:
-        lses = plan.rows.take(lse.unsqueeze(-1), math.inf)  # repetitions weigh nothing, whatever they see
-        commons = plan.rows.take(common.unsqueeze(-1), 0)
-    d_qs = torch.empty_like(qs)
-    d_ks, d_vs = (torch.empty_like(x, dtype=wide) for x in (ks, vs))
-    for block in plan.blocks:
-        q_block, g_block = work.rows(qs, block), work.rows(gs, block)
-        scores = work.scores(block, q_block, work.turned(ks, block), alpha)
-        d_scores = work.product("d_scores", block, g_block, work.turned(vs, block))
+        # Repetitions weigh nothing, whatever they see.
+        lses = work.taken("lse", lse.unsqueeze(-1), math.inf)
+        commons = work.taken("common", common.unsqueeze(-1), 0)
+    d_qs = work.places("d_q", plan.rows, q.shape[2], q.dtype)
+    d_ks = work.places("d_k", plan.memory, k.shape[2], wide)
+    d_vs = work.places("d_v", plan.memory, v.shape[2], wide)
+    for at, block in enumerate(plan.blocks):
+        scores = work.scores(block, qs.plain[at], ks.turned[at], alpha)
+        d_scores = work.product("d_scores", block, gs.plain[at], vs.turned[at])
         if lses is not None and commons is not None:
             weights = "scores"
-            scores.sub_(work.rows(lses, block)).exp_()
-            d_scores.sub_(work.rows(commons, block)).mul_(scores)
+            scores.sub_(lses.plain[at]).exp_()
+            d_scores.sub_(commons.plain[at]).mul_(scores)
         else:
             weights = "weights"
             torch.ops.aten.silu.out(scores, out=work.buffer(weights, block, wide).plain)
             torch.ops.aten.silu_backward.grad_input(d_scores, scores, grad_input=d_scores)
         work.count(block)
-        work.add_into(d_vs, block, work.narrow(weights, block).turned, g_block)
+        work.add_into(d_vs.plain[at], block, work.narrow(weights, block).turned, gs.plain[at])
         narrow = work.narrow("d_scores", block)
-        work.add_into(d_ks, block, narrow.turned, q_block)
-        torch.bmm(narrow.plain, work.seen(ks, block), out=work.rows(d_qs, block))
-    d_q = plan.rows.give_back(d_qs).view(q.shape)
-    d_k = plan.memory.give_back(d_ks).view(k.shape).mul_(alpha)
-    d_v = plan.memory.give_back(d_vs).view(v.shape)
+        work.add_into(d_ks.plain[at], block, narrow.turned, qs.plain[at])
+        torch.bmm(narrow.plain, ks.plain[at], out=d_qs.plain[at])
+    d_q = plan.rows.give_back(d_qs.whole).view(q.shape)
+    d_k = plan.memory.give_back(d_ks.whole).view(k.shape).mul_(alpha)
+    d_v = plan.memory.give_back(d_vs.whole).view(v.shape)
     d_k_self = d_v_self = None
     if own_pairs is None:
         d_q = d_q.mul_(alpha)
@@ -256,21 +256,22 @@ class _Work:
             held = self.scratch[key] = _Buffer.of(whole, block, self.heads)
         return held
 
-    def rows(self, x: Tensor, block: Block) -> Tensor:
-        """A block's of all rows in places: (H · b, r, ·)."""
-        width = x.shape[1]
-        shape, strides = (block.batch, block.rows, width), (block.rows * width, width, 1)
-        return x.as_strided(shape, strides, block.start * width)
+    def places(self, name: str, order: Order, width: int, dtype: torch.dtype) -> "_Places":
+        """Memory for rows, or for the memory, in places, which other passes use again."""
+        key = (name, width, dtype)
+        held: _Places | None = self.scratch.get(key)
+        if held is None:
+            whole = torch.empty(len(order.source), width, dtype=dtype)
+            of = _Places.of_rows if order is self.plan.rows else _Places.of_memory
+            held = self.scratch[key] = of(whole, self.plan)
+        return held
 
-    def seen(self, x: Tensor, block: Block) -> Tensor:
-        """What a block sees of the memory in places: (H · b, n, ·)."""
-        (padded, start), width = self.plan.groups[block.group], x.shape[1]
-        return x.as_strided((block.batch, block.seen, width), (padded * width, width, 1), start * width)
-
-    def turned(self, x: Tensor, block: Block) -> Tensor:
-        """The same with its last two dimensions changed about."""
-        (padded, start), width = self.plan.groups[block.group], x.shape[1]
-        return x.as_strided((block.batch, width, block.seen), (padded * width, 1, width), start * width)
+    def taken(self, name: str, x: Tensor, padding: float | None = None) -> "_Places":
+        """x (R or M, H, ·) in places, as `Order.take` has it: the memory's are those named k and v."""
+        order = self.plan.memory if name in ("k", "v") else self.plan.rows
+        held = self.places(name, order, x.shape[2], x.dtype)
+        order.take(x, held.whole, padding)
+        return held
 
     def scores(self, block: Block, q: Tensor, k: Tensor, alpha: float) -> Tensor:
         """(H · b, r, n) in fp32 or wider, UNSEEN out of sight, from (H · b, r, ·) and (H · b, ·, n)."""
@@ -310,9 +311,8 @@ class _Work:
         narrow.plain.copy_(wide.plain)
         return narrow
 
-    def add_into(self, total: Tensor, block: Block, pairs: Tensor, rows: Tensor) -> None:
+    def add_into(self, into: Tensor, block: Block, pairs: Tensor, rows: Tensor) -> None:
         """Adds each sequence's pairs (H · b, n, r) @ rows to what the block sees of a sum over blocks."""
-        into = self.seen(total, block)
         if not block.first:
             into.add_(torch.bmm(pairs, rows))
         elif self.dtype == self.wide:
@@ -357,6 +357,33 @@ class _Buffer(NamedTuple):
         plain = memory[: math.prod(shape)].view(shape)
         by_head = plain.unflatten(0, (heads, -1))
         return cls(plain, plain.transpose(1, 2), by_head, by_head.flatten(1).unbind())
+
+
+class _Places(NamedTuple):
+    """Rows, or the memory, in places, and what of them each block has."""
+
+    whole: Tensor  # (places, ·)
+    plain: list[Tensor]  # (H · b, r, ·), or what it sees of the memory: (H · b, n, ·)
+    turned: list[Tensor]  # with the last two dimensions changed about
+
+    @classmethod
+    def of_rows(cls, whole: Tensor, plan: Plan) -> "_Places":
+        width = whole.shape[1]
+        plain = [
+            whole.as_strided((b.batch, b.rows, width), (b.rows * width, width, 1), b.start * width)
+            for b in plan.blocks
+        ]
+        return cls(whole, plain, [x.transpose(1, 2) for x in plain])
+
+    @classmethod
+    def of_memory(cls, whole: Tensor, plan: Plan) -> "_Places":
+        width = whole.shape[1]
+        plain = []
+        for b in plan.blocks:
+            padded, start = plan.groups[b.group]
+            shape, strides = (b.batch, b.seen, width), (padded * width, width, 1)
+            plain.append(whole.as_strided(shape, strides, start * width))
+        return cls(whole, plain, [x.transpose(1, 2) for x in plain])
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

@@ -46,8 +46,11 @@ class Order:
     def _sources(self) -> dict[int, Tensor]:
         return {self.heads: self.source}
 
-    def take(self, x: Tensor, padding: float | None = None) -> Tensor:
-        """x (elements, H, width) in places, repetitions having the value `padding` instead if it is given."""
+    def take(self, x: Tensor, out: Tensor, padding: float | None = None) -> None:
+        """Puts x (elements, H, width) in places, into `out` (places, width).
+
+        Repetitions have the value `padding` instead if it is given.
+        """
         elements, heads, width = x.shape
         apart = x.stride(0)
         if x.stride()[1:] != (width, 1) or apart % width or apart < heads * width:
@@ -58,10 +61,9 @@ class Order:
             element, head = self.source // heads, self.source % heads
             self._sources[stride] = element * stride + head
         flat = x.as_strided(((elements - 1) * stride + heads, width), (width, 1))
-        taken = flat.index_select(0, self._sources[stride])
+        torch.index_select(flat, 0, self._sources[stride], out=out)
         if padding is not None and self.padding is not None:
-            taken.index_fill_(0, self.padding, padding)
-        return taken
+            out.index_fill_(0, self.padding, padding)
 
     def give_back(self, x: Tensor, otherwise: Tensor | None = None) -> Tensor:
         """x (places, width) to (elements · H, width), those without a place as in `otherwise` or 0."""
