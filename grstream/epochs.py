@@ -69,8 +69,8 @@ class EpochsConfig(Section):
     )
     request: bool = pydantic.Field(
         False,
-        description="ask at the time of the next event, by a token that nobody sees, instead of reading what "
-        "comes next off the newest event; for data with times",
+        description="ask at the time of the next event, by a token that nobody sees, and read what comes "
+        "next off it and the newest event together; for data with times",
     )
     temperature: float = pydantic.Field(0.05, gt=0)
     loss: Literal["full", "sampled"] = "full"
@@ -128,8 +128,8 @@ class Recommender(nn.Module):
             query_prefix=at - jagged.starts(batch.lengths)[owner] + 1,
             query_times=times,
         )
-        asked: Tensor = self.encoder(tokens, at[:0]).query
-        return self.encoder.user_vectors(asked)
+        out = self.encoder(tokens, readout)
+        return self.encoder.user_vectors(out.memory + out.query)  # as `tokens.Asked.retrieval`
 
     def table(self) -> Tensor:
         """Unit vectors of all items: (V, d)."""
