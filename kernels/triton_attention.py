@@ -79,18 +79,27 @@ def attention(
     return out
 
 
-def launch_options(amd: bool) -> dict[str, int]:
-    """Those that are not tuned: with them no kernel spills a register (`tests/kernels/test_triton_compiled.py`)."""
-    return {"num_warps": 4, "num_stages": 1} if amd else {"num_warps": 8, "num_stages": 3}
+def generation(device: torch.device) -> int:
+    """The major compute capability of an NVIDIA device, 0 for AMD's; Hopper's for what is interpreted."""
+    if device.type != "cuda":
+        return 9
+    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
-def blocks_for(dtype: torch.dtype, widest: int, amd: bool) -> tuple[Blocks, Blocks]:
+def launch_options(of: int) -> dict[str, int]:
+    """Those that are not tuned, for a generation: with them no kernel spills a register at heads of 128."""
+    if of == 0:
+        return {"num_warps": 4, "num_stages": 1}
+    return {"num_warps": 8, "num_stages": 3 if of == 9 else 2}
+
+
+def blocks_for(dtype: torch.dtype, widest: int, of: int) -> tuple[Blocks, Blocks]:
     """The tiles of the kernels by rows and of the one by memory, for heads of up to `widest` numbers."""
-    if amd:
+    if of < 9 or dtype == torch.float32 or widest > 128:
         return Blocks(64, 32), Blocks(32, 64, by_memory=True)
-    if dtype == torch.float32 or widest > 128:
-        return Blocks(64, 32), Blocks(32, 64, by_memory=True)
-    return Blocks(128, 64), Blocks(32, 128, by_memory=True)
+    if of == 9:
+        return Blocks(128, 64), Blocks(32, 128, by_memory=True)
+    return Blocks(64, 64), Blocks(64, 128, by_memory=True)
 
 
 def _rows_apart(x: Tensor) -> Tensor:
@@ -106,14 +115,14 @@ class _Attention(torch.autograd.Function):
         ctx.call = call
         q, _, v, _, _ = tensors
         out = q.new_empty(len(q), q.shape[1], v.shape[2], dtype=torch.float32)
-        launch = _Launch(tensors, position_bias, time_bias, call)
+        launch = _Launch(tensors, position_bias, time_bias, call, any(ctx.needs_input_grad[5:7]))
         launch.run(triton_forward.forward, out=out)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, position_bias, time_bias = ctx.saved_tensors
-        launch = _Launch(tensors, position_bias, time_bias, ctx.call)
+        launch = _Launch(tensors, position_bias, time_bias, ctx.call, any(ctx.needs_input_grad[5:7]))
         q, k, v, k_self, v_self = (
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors
         )
@@ -127,7 +136,7 @@ class _Attention(torch.autograd.Function):
             "sums": sums,
         }
         launch.run(triton_backward.backward_rows, **by_rows, MIXED_SUMS=False)
-        if position_bias is not None or time_bias is not None:
+        if any(ctx.needs_input_grad[5:7]):
             launch.run(triton_backward.backward_rows, **by_rows, MIXED_SUMS=True)
         launch.run(triton_backward.backward_memory, gradient=gradient, k_gradient=k, v_gradient=v)
         tables = sums.sum(0).t() / 2  # (positions + times, H); the kernels leave SiLU's half out
@@ -144,16 +153,24 @@ class _Launch:
     """The arguments of the kernels for one call."""
 
     def __init__(
-        self, tensors: list[Tensor], position_bias: Tensor | None, time_bias: Tensor | None, call: _Call
+        self,
+        tensors: list[Tensor],
+        position_bias: Tensor | None,
+        time_bias: Tensor | None,
+        call: _Call,
+        learns_tables: bool,
     ) -> None:
         q, _, v, _, _ = tensors
         heads = q.shape[1]
         bits = None if position_bias is None else position_bits(len(position_bias))
         self.call = call
         self.tensors = dict(zip(("q", "k", "v", "k_self", "v_self"), tensors, strict=True))
-        self.amd = torch.version.hip is not None
-        self.blocks = blocks_for(q.dtype, max(q.shape[2], v.shape[2]), self.amd)
-        self.plans = functools.partial(call.sight.planned, _tiles, bits, time_bias is not None)
+        self.generation = generation(q.device)
+        self.blocks = blocks_for(q.dtype, max(q.shape[2], v.shape[2]), self.generation)
+        timed = time_bias is not None
+        by_rows, by_memory = self.blocks
+        self.by_rows = call.sight.planned(_tiles, bits, timed, by_rows, learns_tables)
+        self.by_memory = functools.partial(call.sight.planned, _tiles, bits, timed, by_memory, False)
         differences = call.sight.planned(_differences, bits)
         none = q.new_zeros(heads, 1, dtype=torch.float32)
         position = none if position_bias is None else position_bias.t().to(torch.float32) / 2
@@ -162,7 +179,7 @@ class _Launch:
             time = torch.cat((time, time[:, -1:].expand(-1, TIME_ROWS - TIME_BUCKETS)), 1)
         by_difference = position.index_select(1, differences.bucket).masked_fill_(differences.unseen, UNSEEN)
         self.table_rows = [position.shape[1], time.shape[1]]
-        nvidia = q.is_cuda and not self.amd
+        nvidia = q.is_cuda and self.generation > 0
         narrow = q.dtype != torch.float32
         self.shared = {
             "row_prefix": call.sight.row_prefix,
@@ -170,7 +187,6 @@ class _Launch:
             "memory_times": call.sight.memory_times,
             "tables": torch.cat((position, time, by_difference), 1),
             "position_edges": differences.edges,
-            "time_edges": differences.time_edges,
             "table_stride": sum(self.table_rows) + len(differences.bucket),
             "origin": differences.longest,
             "half_alpha": call.alpha / 2,
@@ -191,13 +207,14 @@ class _Launch:
 
     def sums(self) -> Tensor:
         """Where the programs of rows add up the tables' gradients: (programs, H, positions + times)."""
-        programs = len(self.plans(self.blocks[0]).programs)
+        programs = len(self.by_rows.programs)
         return self.shared["tables"].new_zeros(programs, self.shared["HEADS"], sum(self.table_rows))
 
     def run(self, kernel: Any, **own: Any) -> None:
         """Launches a kernel with the arguments it names."""
-        blocks = self.blocks["k_gradient" in own]
-        plan = self.plans(blocks)
+        at_memory = "k_gradient" in own
+        blocks = self.blocks[at_memory]
+        plan = self.by_memory() if at_memory else self.by_rows
         if not len(plan.programs):
             return
         strides = {f"{name}_stride": x.stride(0) for name, x in self.tensors.items()}
@@ -205,7 +222,8 @@ class _Launch:
             **(self.tensors | strides | self.shared | own),
             "programs": plan.programs,
             "entries": plan.entries,
-            "offsets": plan.offsets,
+            "ranks": plan.ranks,
+            "steps": plan.steps,
             "BLOCK_ROWS": blocks.rows,
             "BLOCK_MEMORY": blocks.memory,
             "WINDOW": triton.next_power_of_2(plan.window),
@@ -215,7 +233,7 @@ class _Launch:
         if self.tensors["q"].is_cuda and not self.call.deterministic:
             _tuned(kernel)[grid](**arguments)
         else:
-            kernel[grid](**arguments, **launch_options(self.amd))
+            kernel[grid](**arguments, **launch_options(self.generation))
 
 
 @functools.cache
@@ -237,7 +255,6 @@ class _Differences:
     bucket: Tensor  # (span,) of the difference longest - x at each x
     unseen: Tensor  # (span,) whether that is not above 0
     edges: Tensor  # (positions,) float32
-    time_edges: Tensor  # (TIME_BUCKETS,)
 
 
 def _differences(sight: Sight, bits: int | None) -> _Differences:
@@ -251,9 +268,8 @@ def _differences(sight: Sight, bits: int | None) -> _Differences:
         bucket,
         difference <= 0,
         (edges(bits) if bits is not None else torch.zeros(1)).to(device, torch.float32),
-        edges(None).to(device),
     )
 
 
-def _tiles(sight: Sight, bits: int | None, timed: bool, blocks: Blocks) -> Tiles:
-    return tiles(sight, bits, timed, blocks.rows, blocks.memory, blocks.by_memory)
+def _tiles(sight: Sight, bits: int | None, timed: bool, blocks: Blocks, sums: bool) -> Tiles:
+    return tiles(sight, bits, timed, blocks.rows, blocks.memory, blocks.by_memory, sums)

@@ -23,12 +23,13 @@ from kernels.triton_pairs import (
     add_bias,
     dot,
     load_block,
+    load_step,
     load_tile,
     load_times,
     store_block,
-    time_compared,
-    time_row,
 )
+
+BUCKETS = tl.constexpr(64)  # of position that are summed at a time
 
 
 @triton.jit(do_not_specialize=["octave"])
@@ -53,10 +54,10 @@ def backward_rows(
     memory_times,  # (M,)
     programs,  # of rows, as triton_tiles.Tiles has them
     entries,
-    offsets,
+    ranks,
+    steps,
     tables,  # (H, table_stride) fp32: the halved biases by position, by time and by difference
     position_edges,  # the least difference of each bucket
-    time_edges,
     table_stride,
     origin,  # where in the biases by difference that of 0 is
     half_alpha,
@@ -82,7 +83,7 @@ def backward_rows(
     first, end = tl.load(program), tl.load(program + 1)
     memory_end, memory_first = tl.load(program + 2), tl.load(program + 3)
     table = tables + head * table_stride
-    bias = Bias(table + (POSITIONS + TIMES) + origin, table, table + POSITIONS, position_edges, time_edges)
+    bias = Bias(table + (POSITIONS + TIMES) + origin, table, table + POSITIONS, position_edges)
     position_sums = sums + (tl.program_id(0).to(tl.int64) * HEADS + head) * (POSITIONS + TIMES)
     time_sums = position_sums + POSITIONS
     token = first + tl.arange(0, BLOCK_ROWS)
@@ -120,12 +121,13 @@ def backward_rows(
                 v + head * V, tile.first, memory_end, v_stride, BLOCK_MEMORY, V, PADDED_V, KIND != MIXED
             )
             other = tile.first + tl.arange(0, BLOCK_MEMORY)
-            moment = load_times(memory_times, offsets, other, memory_end, KIND)
+            moment = load_times(memory_times, ranks, other, memory_end, KIND)
             half = dot(queries, keys.T, None, PRECISION) * half_alpha
             half = add_bias(
                 half,
                 bias,
                 tile,
+                steps,
                 prefix,
                 clock,
                 tile.first - memory_first,
@@ -136,6 +138,7 @@ def backward_rows(
                 HAS_TIME,
                 PTX,
                 WINDOW,
+                BLOCK_ROWS,
                 BLOCK_MEMORY,
             )
             _, slope = silu_of_half_and_slope(half, APPROXIMATE)
@@ -149,13 +152,29 @@ def backward_rows(
                     tl.atomic_add(position_sums + tile.position_low, sum_, sem="relaxed")
                 if HAS_TIME:
                     tl.atomic_add(time_sums + tile.time_low, sum_, sem="relaxed")
-            elif KIND == STEPPED or MIXED_SUMS:
+            elif KIND == STEPPED:
                 if HAS_TIME:
-                    add_time_sums(time_sums, error, bias, tile, clock, moment, KIND)
+                    add_time_sums(time_sums, error, tile, steps, moment, BLOCK_ROWS)
                 if HAS_POSITION:
-                    add_position_sums(
-                        position_sums, error, bias, tile, prefix - (tile.first - memory_first), BLOCK_MEMORY
-                    )
+                    ahead = prefix - (tile.first - memory_first)
+                    add_position_sums(position_sums, error, bias, tile, ahead, BLOCK_MEMORY)
+            elif MIXED_SUMS:
+                add_mixed_sums(
+                    position_sums,
+                    time_sums,
+                    error,
+                    keys.dtype,
+                    bias,
+                    tile,
+                    steps,
+                    prefix - (tile.first - memory_first),
+                    tl.load(ranks + other, mask=other < memory_end, other=0),
+                    HAS_POSITION,
+                    HAS_TIME,
+                    PRECISION,
+                    BLOCK_ROWS,
+                    BLOCK_MEMORY,
+                )
     if not MIXED_SUMS:
         total *= half_alpha
         store_block(q_gradient + head * QK, total, first, end, HEADS * QK, BLOCK_ROWS, QK, PADDED_QK)
@@ -179,21 +198,85 @@ def add_position_sums(sums, error, bias, tile, prefix, BLOCK_MEMORY: tl.constexp
 
 
 @triton.jit
-def add_time_sums(sums, error, bias, tile, clock, moment, KIND: tl.constexpr):
-    """The same by bucket of time."""
+def add_time_sums(sums, error, tile, steps, rank, BLOCK_ROWS: tl.constexpr):
+    """The same by bucket of time, of a stepped tile."""
     sum_ = tl.sum(error)
     if tile.time_low < tile.time_high:
-        if KIND == MIXED:
-            row = time_row(clock[:, None] - moment[None, :]).to(tl.float32)
         for bucket in tl.range(tile.time_low + 1, tile.time_high + 1):
-            if KIND == MIXED:
-                later = tl.sum(error * (row >= bucket).to(tl.float32))
-            else:
-                less, more = time_compared(bias, tile, clock, moment, bucket, True)
-                later = tl.sum(tl.where(less < more, 0.0, error))
+            step = load_step(steps, tile, tile.time_high - bucket, BLOCK_ROWS)
+            reached = rank.to(tl.float32)[None, :] <= step.to(tl.float32)[:, None]
+            later = tl.sum(error * reached.to(tl.float32))
             tl.atomic_add(sums + bucket - 1, sum_ - later, sem="relaxed")
             sum_ = later
     tl.atomic_add(sums + tile.time_high, sum_, sem="relaxed")
+
+
+@triton.jit
+def add_mixed_sums(
+    position_sums,
+    time_sums,
+    error,
+    DTYPE: tl.constexpr,
+    bias,
+    tile,
+    steps,
+    prefix,  # counted from the tile's first memory token
+    rank,
+    HAS_POSITION: tl.constexpr,
+    HAS_TIME: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_MEMORY: tl.constexpr,
+):
+    """Both sums of a tile with many buckets.
+
+    In the order of position, or of time, what a row has in a bucket or an earlier one is what is left of the
+    row from some token on. The product of a triangle of ones has what is left from every token on, and a
+    bucket takes a look there for each row. All of it lies (memory or buckets, rows): so the token that is
+    looked up may be in any warp, and Triton looks it up in shared memory instead of shuffling.
+    """
+    column, some = tl.arange(0, BLOCK_MEMORY), tl.arange(0, BUCKETS)
+    if HAS_POSITION:
+        left = sums_over(column[None, :] >= column[:, None], error, DTYPE, PRECISION)
+        sum_ = 0.0
+        for low in tl.range(tile.position_low, tile.position_high + 1, BUCKETS):
+            bucket = low + some
+            edge = tl.load(
+                bias.position_edges + bucket + 1, mask=bucket < tile.position_high, other=BEYOND
+            ).to(tl.int32)
+            first = tl.maximum(prefix[None, :] - edge[:, None] + 1, 0)
+            sum_ = add_differences(position_sums, left, first, bucket, tile.position_high, sum_, BLOCK_MEMORY)
+    if HAS_TIME:
+        left = sums_over(rank[None, :] >= column[:, None], error, DTYPE, PRECISION)
+        sum_ = 0.0
+        for low in tl.range(tile.time_low, tile.time_high + 1, BUCKETS):
+            bucket = low + some
+            step = (tile.steps + tile.time_high - 1 - bucket)[:, None] * BLOCK_ROWS
+            at = steps + step + tl.arange(0, BLOCK_ROWS)[None, :]
+            first = tl.load(at, mask=(bucket < tile.time_high)[:, None], other=-1).to(tl.int32) + 1
+            sum_ = add_differences(time_sums, left, first, bucket, tile.time_high, sum_, BLOCK_MEMORY)
+
+
+@triton.jit
+def sums_over(chosen, error, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """For each row of `chosen` (…, memory) the sum of what it chooses of each row of `error`: (…, rows)."""
+    ones = chosen.to(tl.float32).to(DTYPE)  # the interpreter turns no bool to bf16
+    return dot(ones, error.to(DTYPE).T, None, PRECISION)
+
+
+@triton.jit
+def add_differences(sums, left, first, bucket, high, before, BLOCK_MEMORY: tl.constexpr):
+    """Adds to each bucket what is `left` from its `first` on, less the same of the bucket before.
+
+    Returns that of the last one.
+    """
+    found = tl.gather(left, tl.minimum(first, BLOCK_MEMORY - 1), 0)
+    sum_ = tl.sum(tl.where(first < BLOCK_MEMORY, found, 0.0), 1)
+    some = tl.arange(0, BUCKETS)
+    last = tl.gather(sum_, tl.maximum(some - 1, 0), 0)
+    difference = sum_ - tl.where(some > 0, last, before)
+    tl.atomic_add(sums + bucket, difference, mask=bucket <= high, sem="relaxed")
+    return tl.sum(tl.where(some == BUCKETS - 1, sum_, 0.0))
 
 
 @triton.jit(do_not_specialize=["octave"])
@@ -212,10 +295,10 @@ def backward_memory(
     memory_times,  # (M,)
     programs,  # of memory, as triton_tiles.Tiles has them
     entries,
-    offsets,
+    ranks,
+    steps,
     tables,  # (H, table_stride) fp32: the halved biases by position, by time and by difference
     position_edges,  # the least difference of each bucket
-    time_edges,
     table_stride,
     origin,  # where in the biases by difference that of 0 is
     half_alpha,
@@ -240,7 +323,7 @@ def backward_memory(
     first, end = tl.load(program), tl.load(program + 1)
     row_end, memory_first = tl.load(program + 2), tl.load(program + 3)
     table = tables + head * table_stride
-    bias = Bias(table + (POSITIONS + TIMES) + origin, table, table + POSITIONS, position_edges, time_edges)
+    bias = Bias(table + (POSITIONS + TIMES) + origin, table, table + POSITIONS, position_edges)
     token = first + tl.arange(0, BLOCK_MEMORY)
     moment = tl.load(memory_times + token, mask=token < end, other=0)
     keys = load_block(k + head * QK, first, end, k_stride, BLOCK_MEMORY, QK, PADDED_QK, False)
@@ -258,12 +341,13 @@ def backward_memory(
             )
             other = tile.first + tl.arange(0, BLOCK_ROWS)
             prefix = tl.load(row_prefix + other, mask=other < row_end, other=BEYOND).to(tl.int32)
-            clock = load_times(row_clock, offsets, other, row_end, KIND)
+            clock = load_times(row_clock, ranks, other, row_end, KIND)
             half = dot(keys, queries.T, None, PRECISION) * half_alpha
             half = add_bias(
                 half,
                 bias,
                 tile,
+                steps,
                 prefix,
                 clock,
                 first - memory_first,
@@ -274,6 +358,7 @@ def backward_memory(
                 HAS_TIME,
                 PTX,
                 WINDOW,
+                BLOCK_ROWS,
                 BLOCK_MEMORY,
             )
             weights, slope = silu_of_half_and_slope(half, APPROXIMATE)

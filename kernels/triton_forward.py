@@ -40,10 +40,10 @@ def forward(
     memory_times,  # (M,)
     programs,  # of rows, as triton_tiles.Tiles has them
     entries,
-    offsets,
+    ranks,
+    steps,
     tables,  # (H, table_stride) fp32: the halved biases by position, by time and by difference
     position_edges,  # the least difference of each bucket
-    time_edges,
     table_stride,
     origin,  # where in the biases by difference that of 0 is
     half_alpha,
@@ -68,7 +68,7 @@ def forward(
     first, end = tl.load(program), tl.load(program + 1)
     memory_end, memory_first = tl.load(program + 2), tl.load(program + 3)
     table = tables + head * table_stride
-    bias = Bias(table + (POSITIONS + TIMES) + origin, table, table + POSITIONS, position_edges, time_edges)
+    bias = Bias(table + (POSITIONS + TIMES) + origin, table, table + POSITIONS, position_edges)
     token = first + tl.arange(0, BLOCK_ROWS)
     prefix = tl.load(row_prefix + token, mask=token < end, other=BEYOND).to(tl.int32)
     clock = tl.load(row_clock + token, mask=token < end, other=0)
@@ -88,12 +88,13 @@ def forward(
                 v + head * V, tile.first, memory_end, v_stride, BLOCK_MEMORY, V, PADDED_V, KIND != MIXED
             )
             other = tile.first + tl.arange(0, BLOCK_MEMORY)
-            moment = load_times(memory_times, offsets, other, memory_end, KIND)
+            moment = load_times(memory_times, ranks, other, memory_end, KIND)
             half = dot(queries, keys.T, None, PRECISION) * half_alpha
             half = add_bias(
                 half,
                 bias,
                 tile,
+                steps,
                 prefix,
                 clock,
                 tile.first - memory_first,
@@ -104,6 +105,7 @@ def forward(
                 HAS_TIME,
                 PTX,
                 WINDOW,
+                BLOCK_ROWS,
                 BLOCK_MEMORY,
             )
             weights = silu_of_half(half, APPROXIMATE).to(values.dtype)

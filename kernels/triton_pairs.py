@@ -18,7 +18,6 @@ STEPPED = tl.constexpr(triton_tiles.STEPPED)
 MIXED = tl.constexpr(triton_tiles.MIXED)
 MOST_STEPS = tl.constexpr(triton_tiles.MOST_STEPS)
 BEYOND = tl.constexpr(1 << 30)  # prefix of a row that is not there
-_MOST = tl.constexpr(2**32 - 1)
 TIME_ROWS = tl.constexpr(128)  # of the longer table of times
 
 
@@ -29,7 +28,6 @@ class Bias(NamedTuple):
     position: Any
     time: Any
     position_edges: Any  # the least difference of each position bucket, float32
-    time_edges: Any  # and of each time bucket, int64
 
 
 class Tile(NamedTuple):
@@ -41,7 +39,7 @@ class Tile(NamedTuple):
     position_low: Any
     position_high: Any
     most: Any  # that one of its rows sees
-    before: Any  # a millisecond before the other side's earliest time
+    steps: Any  # where its steps begin
 
 
 @triton.jit
@@ -49,8 +47,8 @@ def load_tile(entries, at):
     entry = entries + at * 4
     first, packed = tl.load(entry).to(tl.int32), tl.load(entry + 1)
     low, high = packed.to(tl.int32), (packed >> 32).to(tl.int32)
-    most, before = tl.load(entry + 2).to(tl.int32), tl.load(entry + 3)
-    return Tile(first, low & 0xFF, (low >> 8) & 0xFF, low >> 16, high, most, before)
+    most, steps = tl.load(entry + 2).to(tl.int32), tl.load(entry + 3).to(tl.int32)
+    return Tile(first, low & 0xFF, (low >> 8) & 0xFF, low >> 16, high, most, steps)
 
 
 @triton.jit
@@ -100,12 +98,6 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def offset(time, since):
-    """Milliseconds from `since` to `time`, held to what uint32 holds."""
-    return tl.minimum(tl.maximum(time - since, 0), _MOST).to(tl.uint32)
-
-
-@triton.jit
 def over(x, rows_first: tl.constexpr, rows: tl.constexpr):
     """A vector of a tile's rows, or of its memory, along its axis of the tile."""
     if rows_first == rows:
@@ -123,10 +115,10 @@ def look_up(table, index):
 
 @triton.jit
 def add_where_less(x, a, b, step, PTX: tl.constexpr):
-    """x + step where a < b, both uint32, else x: a comparison and an addition under its predicate."""
+    """x + step where a < b, both int32, else x: a comparison and an addition under its predicate."""
     if PTX:
         return tl.inline_asm_elementwise(
-            "{ .reg .pred less; setp.lt.u32 less, $2, $3; mov.f32 $0, $1; @less add.f32 $0, $1, $4; }",
+            "{ .reg .pred less; setp.lt.s32 less, $2, $3; mov.f32 $0, $1; @less add.f32 $0, $1, $4; }",
             "=f,f,r,r,f",
             [x, a, b, step],
             dtype=tl.float32,
@@ -138,12 +130,19 @@ def add_where_less(x, a, b, step, PTX: tl.constexpr):
 
 
 @triton.jit
-def load_times(times, offsets, token, end, KIND: tl.constexpr):
-    """What is compared of tokens' times in a tile of a kind: their offsets, or the times."""
+def load_times(times, ranks, token, end, KIND: tl.constexpr):
+    """What is compared of tokens' times in a tile of a kind: their ranks, or the times."""
     if KIND == MIXED:
         return tl.load(times + token, mask=token < end, other=0)
     else:
-        return tl.load(offsets + token).to(tl.uint32, bitcast=True)
+        return tl.load(ranks + token)
+
+
+@triton.jit
+def load_step(steps, tile, step, BLOCK: tl.constexpr):
+    """What ranks are compared with to part a tile's pairs, for each of the program's own tokens."""
+    at = (tile.steps + step) * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(steps + at).to(tl.int32)
 
 
 @triton.jit
@@ -158,6 +157,7 @@ def add_bias(
     half,
     bias,
     tile,
+    steps,  # the plan's
     prefix,  # of the tile's rows
     clock,  # of its rows, or what `load_times` gives of them if not ROWS_FIRST
     position,  # of its first memory token, in its sequence
@@ -168,6 +168,7 @@ def add_bias(
     HAS_TIME: tl.constexpr,
     PTX: tl.constexpr,
     WINDOW: tl.constexpr,  # a power of 2 that the differences of any tile's pairs fit
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_MEMORY: tl.constexpr,
 ):
     """Half the scores plus half the biases of (rows, memory), or of (memory, rows) if not ROWS_FIRST."""
@@ -189,19 +190,12 @@ def add_bias(
             bucket = tl.maximum(tile.time_high - STEP, tile.time_low)
             below = tl.maximum(bucket - 1, tile.time_low)
             step = tl.load(bias.time + below) - tl.load(bias.time + bucket)
-            less, more = time_compared(bias, tile, clock, moment, bucket, ROWS_FIRST)
-            half = add_where_less(half, less, more, step, PTX)
+            if ROWS_FIRST:
+                half = add_where_less(
+                    half, load_step(steps, tile, STEP, BLOCK_ROWS)[:, None], moment[None, :], step, PTX
+                )
+            else:
+                half = add_where_less(
+                    half, clock[None, :], load_step(steps, tile, STEP, BLOCK_MEMORY)[:, None], step, PTX
+                )
     return half
-
-
-@triton.jit
-def time_compared(bias, tile, clock, moment, bucket, ROWS_FIRST: tl.constexpr):
-    """A pair of a stepped tile is in a bucket before `bucket` where the first is less than the second.
-
-    Arithmetic is done on what varies along axis 0, of which a thread holds little.
-    """
-    edge = tl.load(bias.time_edges + bucket)
-    if ROWS_FIRST:
-        return offset(clock - edge, tile.before)[:, None], moment[None, :]
-    else:
-        return clock[None, :], offset(moment + edge, tile.before)[:, None]

@@ -7,7 +7,11 @@ buckets it can hold, and with it the cheapest arithmetic that is still exact:
 
     UNIFORM  one position bucket and one time bucket, every pair in sight: one scalar is added
     STEPPED  every pair in sight and few time buckets: each adds a step where a pair's times reach its edge
-    MIXED    anything else: pairs out of sight, many buckets, times that 32 bits do not hold
+    MIXED    anything else: pairs out of sight, many buckets
+
+Where a step lies is a number of tokens, whatever the times: tokens have ranks by time within their block, and
+a pair has reached a bucket's edge where the one's rank is at least, or at most, what a search for the other's
+time plus or minus the edge finds.
 
 Tiles without a pair in sight are left out. What belongs to a program (a tile of rows with all its tiles of
 memory, or the other way round) is listed kind by kind, programs with most work first. The plan depends on
@@ -25,8 +29,7 @@ from kernels.buckets import TIME_BUCKETS, position_bucket, position_rows, time_b
 from kernels.sight import Sight
 
 UNIFORM, STEPPED, MIXED = range(3)
-MOST_STEPS = 2  # of a stepped tile: a step takes 2 instructions a pair, gathering a time's bias about 10
-_WIDEST = 2**32 - 3  # milliseconds: a stepped tile compares times as uint32 offsets
+MOST_STEPS = 2  # of a stepped tile: a step takes 2 instructions a pair, looking a time's bias up about 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +40,13 @@ class Tiles:
     # its memory, then in `entries` where each kind's tiles begin and the last one's end.
     programs: Tensor
     # (E, 4) int64: the other side's first token; the least and greatest bucket of time and of position, in 8,
-    # 8, 16 and 32 bits; the most memory tokens that one of its rows sees; just before the other side's times.
+    # 8, 16 and 32 bits; the most memory tokens that one of its rows sees; where in `steps` its own begin.
     entries: Tensor
-    # (elements of the other side,) int32, a uint32's bits: milliseconds since just before its block's times
-    offsets: Tensor
+    ranks: Tensor  # (elements of the other side,) int32: their places in their blocks by time
+    # (steps, block) int16, for each of a program's own tokens: what its neighbours' ranks are compared with.
+    # Step x of a tile parts the pairs in buckets before the last but x from the others. A stepped tile has
+    # MOST_STEPS, a mixed one as many as it has edges of buckets, if sums by bucket were asked for.
+    steps: Tensor
     window: int  # the most differences of position in a tile, out of sight or not
 
 
@@ -74,11 +80,18 @@ def edges(bits: int | None) -> Tensor:
 
 
 def tiles(
-    sight: Sight, bits: int | None, timed: bool, block_rows: int, block_memory: int, by_memory: bool
+    sight: Sight,
+    bits: int | None,
+    timed: bool,
+    block_rows: int,
+    block_memory: int,
+    by_memory: bool = False,
+    sums: bool = False,
 ) -> Tiles:
     """The programs of rows, or with `by_memory` of memory blocks.
 
     `bits` says how fine the position buckets are, None that there are none, `timed` whether time has any.
+    `sums` asks for the steps of mixed tiles, which sums by bucket take.
     Raises ValueError where lengths do not sum up or a prefix is not one.
     """
     _check(sight)
@@ -103,15 +116,14 @@ def tiles(
     owner, mine, there, theirs = (other, memory, row, rows) if by_memory else (row, rows, other, memory)
     whole = theirs.end - theirs.first == (block_rows if by_memory else block_memory)
     in_sight = (least[row] >= (index + 1) * block_memory) & whole[there]
-    narrow = (theirs.latest - theirs.earliest <= _WIDEST)[there] | (not timed)
     kind = torch.full_like(row, MIXED)
-    kind[in_sight & narrow & (time_high - time_low <= MOST_STEPS)] = STEPPED
+    kind[in_sight & (time_high - time_low <= MOST_STEPS)] = STEPPED
     kind[in_sight & (time_low == time_high) & (position_low == position_high)] = UNIFORM
 
     listed = torch.argsort(owner * 3 + kind, stable=True)
-    counts = torch.bincount(owner * 3 + kind, minlength=3 * len(mine.first))
-    ends = torch.cumsum(counts, 0).view(-1, 3)
-    bounds = torch.cat((ends[:, :1] - counts.view(-1, 3)[:, :1], ends), 1)  # (P, 4)
+    of_kind = torch.bincount(owner * 3 + kind, minlength=3 * len(mine.first)).view(-1, 3)
+    ends = torch.cumsum(of_kind.flatten(), 0).view(-1, 3)
+    bounds = torch.cat((ends[:, :1] - of_kind[:, :1], ends), 1)  # (P, 4)
     memory_first = jagged.starts(sight.memory_lengths)
     other_end = (
         jagged.starts(sight.row_lengths) + sight.row_lengths
@@ -122,14 +134,49 @@ def tiles(
     programs = torch.cat((torch.stack(ranges, 1), bounds), 1)
     work = bounds[:, 3] - bounds[:, 0]
     packed = time_low | time_high << 8 | position_low << 16 | position_high << 32
-    entries = torch.stack((theirs.first[there], packed, most[row], theirs.earliest[there] - 1), 1)
-    offsets = (theirs.times - theirs.earliest[theirs.of_element] + 1).clamp_(max=2**32 - 1)
+    order, ranks = _by_time(theirs)
+    counts = torch.where(kind == STEPPED, MOST_STEPS, 0)
+    if sums:
+        counts = torch.where(kind == MIXED, time_high - time_low, counts)
+    if not timed:
+        counts.zero_()
+    entries = torch.stack((theirs.first[there], packed, most[row], jagged.starts(counts)), 1)
+    tile = jagged.owners(counts)
+    edge = (
+        edges(None)
+        .to(row.device)[torch.maximum(time_high[tile] - jagged.positions(counts), time_low[tile])]
+        .unsqueeze(1)
+    )
+    width = block_memory if by_memory else block_rows
+    own = mine.times[_elements(mine, owner[tile], width)[0]]
+    index, real = _elements(theirs, there[tile], block_rows + block_memory - width)
+    others = theirs.times[order][index].masked_fill_(~real, 2**62)
+    # By rows a pair is in an earlier bucket where t_j > t_i - edge, by memory where t_i < t_j + edge.
+    found = torch.searchsorted(others, own + edge if by_memory else own - edge, right=not by_memory)
+    steps = (found if by_memory else found - 1).to(torch.int16)
     return Tiles(
         programs[torch.argsort(work, descending=True, stable=True)].to(torch.int32).contiguous(),
         entries[listed],
-        offsets.to(torch.int32),
+        ranks.to(torch.int32),
+        steps,
         int((most - least).max()) + block_memory if len(most) else block_memory,
     )
+
+
+def _elements(blocks: _Blocks, which: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Indices of the elements of some blocks, the last one repeated past their ends, and which are real."""
+    index = blocks.first[which].unsqueeze(1) + torch.arange(width, device=which.device)
+    last = blocks.end[which].unsqueeze(1) - 1
+    return torch.minimum(index, last), index <= last
+
+
+def _by_time(blocks: _Blocks) -> tuple[Tensor, Tensor]:
+    """Elements ordered by time within their blocks, and each one's place there."""
+    order = torch.argsort(blocks.times, stable=True)
+    order = order[torch.argsort(blocks.of_element[order], stable=True)]
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order), device=order.device) - blocks.first[blocks.of_element]
+    return order, ranks
 
 
 def _check(sight: Sight) -> None:

@@ -38,7 +38,7 @@ def test_every_pair_in_sight_is_in_one_tile_which_knows_its_buckets(
     sight: Sight, by_memory: bool, bits: int | None, timed: bool
 ) -> None:
     block_rows, block_memory = (4, 8) if by_memory else (8, 4)
-    plan = tiles(sight, bits, timed, block_rows, block_memory, by_memory)
+    plan = tiles(sight, bits, timed, block_rows, block_memory, by_memory, sums=True)
     row_end, memory_end = sight.row_lengths.cumsum(0), sight.memory_lengths.cumsum(0)
     met = torch.zeros(len(sight.row_prefix), len(sight.memory_times), dtype=torch.int32)
     passed = sight.row_clock.unsqueeze(1) - sight.memory_times
@@ -46,7 +46,7 @@ def test_every_pair_in_sight_is_in_one_tile_which_knows_its_buckets(
         assert other_end in (row_end if by_memory else memory_end)
         for kind in (UNIFORM, STEPPED, MIXED):
             for at in range(bounds[kind], bounds[kind + 1]):
-                other, packed, most, before = plan.entries[at].tolist()
+                other, packed, most, index = plan.entries[at].tolist()
                 until = min(other + (block_rows if by_memory else block_memory), other_end)
                 mine, theirs = torch.arange(first, end), torch.arange(other, until)
                 rows, memory = (theirs, mine) if by_memory else (mine, theirs)
@@ -72,9 +72,14 @@ def test_every_pair_in_sight_is_in_one_tile_which_knows_its_buckets(
                         assert high >= int(bucket[seen].max())
                     assert kind != UNIFORM or low == high
                 assert kind != STEPPED or (packed >> 8 & 0xFF) - (packed & 0xFF) <= MOST_STEPS
-                if kind == STEPPED and timed:
-                    clock = sight.row_clock if by_memory else sight.memory_times
-                    assert (plan.offsets[theirs].long() % 2**32 == clock[theirs] - before).all()
+                if kind != UNIFORM and timed:
+                    low, high = packed & 0xFF, packed >> 8 & 0xFF
+                    for step in range(high - low):
+                        edge = plan.steps[index + step, : len(mine)].unsqueeze(1)
+                        rank = plan.ranks[theirs]
+                        earlier = rank < edge if by_memory else edge < rank  # (mine, theirs)
+                        bucket = time_bucket(passed[rows][:, memory])
+                        assert ((earlier.t() if by_memory else earlier) == (bucket < high - step)).all()
     row_owner, memory_owner = jagged.owners(sight.row_lengths), jagged.owners(sight.memory_lengths)
     same = row_owner.unsqueeze(1) == memory_owner
     in_sight = same & (sight.row_prefix.unsqueeze(1) > jagged.positions(sight.memory_lengths))

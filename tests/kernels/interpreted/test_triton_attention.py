@@ -24,7 +24,7 @@ def small_blocks() -> None:
     """Tiles so small that few tokens make many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            triton_attention, "blocks_for", lambda *_: (Blocks(16, 16), Blocks(16, 16, by_memory=True))
+            triton_attention, "blocks_for", lambda *_, **__: (Blocks(16, 16), Blocks(16, 16, by_memory=True))
         )
         yield
 
@@ -49,8 +49,10 @@ def check(drawn: Case, dtype: torch.dtype) -> None:
     expected = results(exact, "reference", weights.to(dtype).double())
     for name, got in results(ours, "triton", weights.to(dtype)).items():
         assert got.dtype == (torch.float32 if name == "out" else ours.arrays[name].dtype)
-        # What cancels may leave less than what was added up, which is of the order of 1.
-        scale = max(float(expected[name].abs().max()), 0.25) if expected[name].numel() else 0.0
+        # What cancels may leave less than was added up: numbers of the order of 1, one a pair in a table.
+        added = (len(drawn.sight.row_prefix) + int(drawn.sight.row_prefix.sum())) if name in TABLES else 1
+        least = 0.25 * added**0.5
+        scale = max(float(expected[name].abs().max()), least) if expected[name].numel() else 0.0
         torch.testing.assert_close(
             got.double(),
             expected[name],
@@ -96,8 +98,8 @@ def long_case(times: str) -> Case:
 @pytest.mark.parametrize("times", ["rising", "some"])
 def test_tiles_of_every_kind_agree(times: str) -> None:
     drawn = long_case(times)
-    for blocks in triton_attention.blocks_for(torch.float32, 16):
-        plan = triton_attention._tiles(drawn.sight, 1, True, blocks)
+    for blocks in triton_attention.blocks_for(torch.float32, 16, of=9):
+        plan = triton_attention._tiles(drawn.sight, 1, True, blocks, sums=False)
         kinds = plan.programs[:, 5:] - plan.programs[:, 4:-1]
         # A tile whose times go back and forth is mixed.
         assert (kinds.sum(0) > 0).tolist() == ([True] * 3 if times == "rising" else [False, False, True])
