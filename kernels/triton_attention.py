@@ -49,6 +49,7 @@ class _Call:
     sight: Sight
     alpha: float
     deterministic: bool
+    learns_tables: bool
 
 
 def attention(
@@ -70,11 +71,13 @@ def attention(
     dtypes = {x.dtype for x in (q, k, v, k_self, v_self)}
     if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
         raise ValueError(f"q, k, v, k_self, v_self must all be bf16, all fp16 or all fp32, not {dtypes}")
+    tables = [x for x in (position_bias, time_bias) if x is not None]
+    learns_tables = torch.is_grad_enabled() and any(x.requires_grad for x in tables)
     out: Tensor = _Attention.apply(
         *(_rows_apart(x) for x in (q, k, v, k_self, v_self)),
         position_bias,
         time_bias,
-        _Call(sight, alpha, deterministic),
+        _Call(sight, alpha, deterministic, learns_tables),
     )
     return out
 
@@ -97,9 +100,7 @@ def blocks_for(dtype: torch.dtype, widest: int, of: int) -> tuple[Blocks, Blocks
     """The tiles of the kernels by rows and of the one by memory, for heads of up to `widest` numbers."""
     if of < 9 or dtype == torch.float32 or widest > 128:
         return Blocks(64, 32), Blocks(32, 64, by_memory=True)
-    if of == 9:
-        return Blocks(128, 64), Blocks(32, 128, by_memory=True)
-    return Blocks(64, 64), Blocks(64, 128, by_memory=True)
+    return Blocks(128, 64), Blocks(32 if of == 9 else 64, 128, by_memory=True)
 
 
 def _rows_apart(x: Tensor) -> Tensor:
@@ -115,14 +116,14 @@ class _Attention(torch.autograd.Function):
         ctx.call = call
         q, _, v, _, _ = tensors
         out = q.new_empty(len(q), q.shape[1], v.shape[2], dtype=torch.float32)
-        launch = _Launch(tensors, position_bias, time_bias, call, any(ctx.needs_input_grad[5:7]))
+        launch = _Launch(tensors, position_bias, time_bias, call)
         launch.run(triton_forward.forward, out=out)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, position_bias, time_bias = ctx.saved_tensors
-        launch = _Launch(tensors, position_bias, time_bias, ctx.call, any(ctx.needs_input_grad[5:7]))
+        launch = _Launch(tensors, position_bias, time_bias, ctx.call)
         q, k, v, k_self, v_self = (
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors
         )
@@ -153,12 +154,7 @@ class _Launch:
     """The arguments of the kernels for one call."""
 
     def __init__(
-        self,
-        tensors: list[Tensor],
-        position_bias: Tensor | None,
-        time_bias: Tensor | None,
-        call: _Call,
-        learns_tables: bool,
+        self, tensors: list[Tensor], position_bias: Tensor | None, time_bias: Tensor | None, call: _Call
     ) -> None:
         q, _, v, _, _ = tensors
         heads = q.shape[1]
@@ -169,7 +165,7 @@ class _Launch:
         self.blocks = blocks_for(q.dtype, max(q.shape[2], v.shape[2]), self.generation)
         timed = time_bias is not None
         by_rows, by_memory = self.blocks
-        self.by_rows = call.sight.planned(_tiles, bits, timed, by_rows, learns_tables)
+        self.by_rows = call.sight.planned(_tiles, bits, timed, by_rows, call.learns_tables)
         self.by_memory = functools.partial(call.sight.planned, _tiles, bits, timed, by_memory, False)
         differences = call.sight.planned(_differences, bits)
         none = q.new_zeros(heads, 1, dtype=torch.float32)

@@ -29,7 +29,7 @@ from kernels.triton_pairs import (
     store_block,
 )
 
-BUCKETS = tl.constexpr(64)  # of position that are summed at a time
+BUCKETS = tl.constexpr(64)  # of a mixed tile that are summed at a time
 
 
 @triton.jit(do_not_specialize=["octave"])
@@ -94,19 +94,19 @@ def backward_rows(
 
     if not MIXED_SUMS:
         # The rows' own pairs, whose biases are the tables' first.
+        own_values = load_block(v_self + head * V, first, end, v_self_stride, BLOCK_ROWS, V, PADDED_V, False)
+        own_error = tl.sum(errors.to(tl.float32) * own_values.to(tl.float32), 1)
         own_keys = load_block(k_self + head * QK, first, end, k_self_stride, BLOCK_ROWS, QK, PADDED_QK, False)
         own = tl.sum(queries.to(tl.float32) * own_keys.to(tl.float32), 1) * half_alpha
         own += tl.load(bias.position) + tl.load(bias.time)
         own_weight, own_slope = silu_of_half_and_slope(own, APPROXIMATE)
-        own_values = load_block(v_self + head * V, first, end, v_self_stride, BLOCK_ROWS, V, PADDED_V, False)
-        own_error = tl.sum(errors.to(tl.float32) * own_values.to(tl.float32), 1)
         own_error += own_error * own_slope
+        total = own_error[:, None] * own_keys.to(tl.float32)
         own_values = own_weight[:, None] * errors.to(tl.float32)
         store_block(v_self_gradient + head * V, own_values, first, end, HEADS * V, BLOCK_ROWS, V, PADDED_V)
         own_queries = (own_error * half_alpha)[:, None] * queries.to(tl.float32)
         k_self_gradient += head * QK
         store_block(k_self_gradient, own_queries, first, end, HEADS * QK, BLOCK_ROWS, QK, PADDED_QK)
-        total = own_error[:, None] * own_keys.to(tl.float32)
         own_sum = tl.sum(own_error)
         tl.atomic_add(position_sums, own_sum, sem="relaxed")
         tl.atomic_add(time_sums, own_sum, sem="relaxed")
@@ -232,8 +232,7 @@ def add_mixed_sums(
 
     In the order of position, or of time, what a row has in a bucket or an earlier one is what is left of the
     row from some token on. The product of a triangle of ones has what is left from every token on, and a
-    bucket takes a look there for each row. All of it lies (memory or buckets, rows): so the token that is
-    looked up may be in any warp, and Triton looks it up in shared memory instead of shuffling.
+    bucket takes a look there for each row. All of it lies (memory or buckets, rows).
     """
     column, some = tl.arange(0, BLOCK_MEMORY), tl.arange(0, BUCKETS)
     if HAS_POSITION:

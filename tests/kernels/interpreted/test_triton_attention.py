@@ -1,6 +1,7 @@
 """The Triton kernels agree with the reference in float64, forward and backward."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from kernels import Sight, attention, triton_attention
 from kernels.triton_attention import Blocks
+from kernels.triton_tiles import Tiles, tiles
 from tests.attention_cases import TABLES, Case, case, cases
 
 # The exact SiLU of a pair out of sight is -1e30 / (1 + exp(1e30)).
@@ -104,6 +106,27 @@ def test_tiles_of_every_kind_agree(times: str) -> None:
         # A tile whose times go back and forth is mixed.
         assert (kinds.sum(0) > 0).tolist() == ([True] * 3 if times == "rising" else [False, False, True])
     check(drawn, torch.float32)
+
+
+def test_steps_of_mixed_tiles_are_planned_where_a_table_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def recorded(*options: Any) -> Tiles:
+        asked.append(options[-1])
+        return tiles(*options)
+
+    monkeypatch.setattr(triton_attention, "tiles", recorded)
+    for learns in (False, True):
+        drawn = narrowed(case([20], [[20, 3]]), torch.float32)
+        for x in drawn.arrays.values():
+            x.requires_grad_()
+        with torch.set_grad_enabled(learns):
+            out = drawn.run("triton")
+        assert asked == [learns]
+        if learns:
+            out.sum().backward()
+            assert asked == [True, False]  # the plan by memory has none
+        asked.clear()
 
 
 def test_two_runs_are_equal_bit_for_bit() -> None:
