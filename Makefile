@@ -18,8 +18,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One thread: where other processes are busy, several of PyTorch's wait for each other most of the time.
 test: lint
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
 
 test-kafka: $(VENV)/.installed
 	$(BIN)/pytest --apache-kafka -m kafka $(ARGS)

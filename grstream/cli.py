@@ -33,6 +33,27 @@ def broker(options: argparse.Namespace) -> int:
     return 0
 
 
+def weights(options: argparse.Namespace) -> int:
+    """List versions, or order which one is served."""
+    # These take a second to import, which the broker need not wait for.
+    from grstream import config
+    from grstream.weights import WeightsError, WeightStore
+
+    try:
+        store = WeightStore(config.load(options.config).storage / "weights")
+        if options.action == "pin":
+            store.pin(options.number)
+        elif options.action == "unpin":
+            store.pin(None)
+        elif options.action == "rollback":
+            store.rollback(options.to)
+        print("\n".join(store.describe()))
+    except (config.ConfigError, WeightsError) as error:
+        print(f"grstream weights: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grstream", description="A generative recommender on a live stream."
@@ -52,6 +73,24 @@ def _parser() -> argparse.ArgumentParser:
         "--partitions", type=int, default=DEFAULT_PARTITIONS, help="of topics created unasked (%(default)s)"
     )
     command.set_defaults(run=broker)
+
+    command = commands.add_parser(
+        "weights",
+        help="list the weights versions; say which one is served",
+        description="Scorers follow within their poll interval (serve.poll_weights_s).",
+    )
+    actions = command.add_subparsers(required=True, metavar="ACTION", dest="action")
+    listing = actions.add_parser("list", help="versions, newest first, and which one is to be served")
+    pin = actions.add_parser("pin", help="serve one version, whatever is published")
+    pin.add_argument("number", type=int)
+    unpin = actions.add_parser("unpin", help="serve the newest version again")
+    back = actions.add_parser(
+        "rollback", help="withdraw the newest version, or all above --to; what is published later is served"
+    )
+    back.add_argument("--to", type=int, metavar="NUMBER")
+    for action in (listing, pin, unpin, back):
+        action.add_argument("--config", required=True, help="the YAML that trainer and scorers have")
+    command.set_defaults(run=weights)
     return parser
 
 

@@ -5,9 +5,13 @@ as JSON, and a manifest that names each file with its size and SHA-256 and says 
 needs: the model's configuration, the actions and features, and where in the stream the weights were taken.
 It is written beside, synced and renamed into place, so a reader sees all of it or nothing; `manifest.sha256`
 covers the manifest. Numbers only go up. Neither Ray nor Kafka is imported here.
+
+Which version is served is the newest one, unless whoever runs the system orders otherwise (`orders.json`,
+written by `grstream weights pin` and `rollback`, read by every scorer at its next poll).
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import logging
@@ -33,6 +37,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1  # of a version's files; a reader refuses another
 MANIFEST, MANIFEST_DIGEST = "manifest.json", "manifest.sha256"
 DENSE, ROWS, NAMES = "dense.safetensors", "rows.safetensors", "item_names.json"
+ORDERS = "orders.json"
 _VERSION = re.compile(r"v(\d{10})")
 
 
@@ -126,6 +131,17 @@ class Manifest(_Stored):
         return any(start <= offset < stop for start, stop in self.positions.get(partition, ()))
 
 
+class Orders(_Stored):
+    """What to serve instead of the newest version."""
+
+    pinned: int | None = None  # this one, whatever is published
+    withdrawn: list[int] = []  # never these
+
+    def newest(self, numbers: Sequence[int]) -> int | None:
+        """The newest of these versions that is not withdrawn."""
+        return max((number for number in numbers if number not in self.withdrawn), default=None)
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightsVersion:
     manifest: Manifest
@@ -139,8 +155,8 @@ class WeightsVersion:
 class WeightSource(Protocol):
     """Where a scorer gets its weights from."""
 
-    def newer_than(self, number: int) -> WeightsVersion | None:
-        """The newest good version above `number`, or None."""
+    def instead_of(self, number: int) -> WeightsVersion | None:
+        """The good version to be served, if it is not `number`, which is; 0 where none is."""
         ...
 
     def reject(self, number: int) -> None:
@@ -228,10 +244,19 @@ class WeightStore:
             raise CorruptWeights(number, MANIFEST, problem)
         return manifest
 
-    def newer_than(self, number: int) -> WeightsVersion | None:
-        """The newest good version above `number`, or None. A corrupt one is logged and passed over."""
-        for candidate in reversed(self.numbers()):
-            if candidate <= number:
+    def instead_of(self, number: int) -> WeightsVersion | None:
+        """The version to be served, if it is not `number`, which is; 0 where none is.
+
+        It is the pinned one, or else the newest good one that is not withdrawn: an older one only in place of
+        one that is. A corrupt one is logged and passed over. Raises WeightsError where the orders are.
+        """
+        orders = self.orders()
+        candidates = [n for n in self.numbers() if n not in orders.withdrawn]
+        back = number in orders.withdrawn
+        if orders.pinned is not None:
+            candidates, back = [orders.pinned], True
+        for candidate in reversed(candidates):
+            if candidate == number or (candidate < number and not back):
                 return None
             if candidate in self._rejected:
                 continue
@@ -245,17 +270,99 @@ class WeightStore:
         return None
 
     def reject(self, number: int) -> None:
-        """Have `newer_than` pass over this version."""
+        """Have `instead_of` pass over this version."""
         self._rejected.add(number)
+
+    def orders(self) -> Orders:
+        """What was ordered last. Raises WeightsError where it cannot be read."""
+        try:
+            return Orders.model_validate_json((self._directory / ORDERS).read_bytes())
+        except FileNotFoundError:
+            return Orders()
+        except pydantic.ValidationError as error:
+            raise WeightsError(f"{self._directory / ORDERS} is not what grstream writes: {error}") from error
+
+    def pin(self, number: int | None) -> None:
+        """Have this version served, whatever is published; None: the newest again.
+
+        Raises VersionMissing or CorruptWeights, with nothing ordered.
+        """
+        before = self.orders()
+        if number is not None:
+            # Ordered before it is read, so that no publisher prunes it in between.
+            self._order(before.model_copy(update={"pinned": number}))
+            try:
+                self.load(number)
+            except WeightsError:
+                self._order(before)
+                raise
+        else:
+            self._order(before.model_copy(update={"pinned": None}))
+
+    def rollback(self, to: int | None = None) -> int:
+        """Withdraw all versions above `to` for ever, and any pin; what is published later is served.
+
+        Without `to`, the newest one that is not withdrawn goes. Returns the version that is now to be served.
+        Raises VersionMissing where there is none or it is withdrawn, CorruptWeights where it cannot be read.
+        """
+        before, numbers = self.orders(), self.numbers()
+        if to is None:
+            newest = before.newest(numbers)
+            to = before.newest([n for n in numbers if newest is not None and n < newest])
+            if to is None:
+                raise VersionMissing(f"no older weights version in {self._directory} to go back to")
+        if to in before.withdrawn:
+            raise VersionMissing(f"weights version {to} was itself withdrawn")
+        self.load(to)
+        # Pruned ones need no mention: their numbers never come back.
+        withdrawn = [n for n in numbers if n > to or n in before.withdrawn]
+        self._order(Orders(withdrawn=withdrawn))
+        return to
+
+    def describe(self) -> list[str]:
+        """A table of the versions, newest first: a heading, and a line each."""
+        orders, numbers = self.orders(), self.numbers()
+        served = orders.newest(numbers) if orders.pinned is None else orders.pinned
+        lines = [
+            f"{'version':>10}  {'step':>9}  {'events':>12}  {'newest event':19}  {'published':19}  {'MiB':>7}"
+        ]
+        for number in reversed(numbers):
+            try:
+                manifest = self.manifest(number)
+            except CorruptWeights as error:
+                lines.append(f"{number:10}  {error}")
+                continue
+            events = sum(stop - start for ranges in manifest.positions.values() for start, stop in ranges)
+            size = sum(file.bytes for file in manifest.files.values()) / 2**20
+            notes = [
+                *(["withdrawn"] if number in orders.withdrawn else []),
+                *(["pinned"] if number == orders.pinned else []),
+                *(["to be served"] if number == served else []),
+            ]
+            lines.append(
+                f"{number:10}  {manifest.step:9,}  {events:12,}  {_utc(manifest.newest_event_ms)}  "
+                f"{_utc(manifest.created_ms)}  {size:7.1f}  {', '.join(notes)}".rstrip()
+            )
+        return lines
+
+    def _order(self, orders: Orders) -> None:
+        scratch = self._directory / f".{ORDERS}.{os.getpid()}"
+        _write(scratch, orders.model_dump_json(indent=1).encode())
+        directories.sync(scratch)
+        os.rename(scratch, self._directory / ORDERS)
+        directories.sync(self._directory)
 
     def prune(self, keep: int) -> list[int]:
         """Delete all but the newest `keep` versions and what dead writers left; the numbers deleted.
 
-        A version goes at once, by a rename, so that a reader misses it whole.
+        The one that is ordered to be served is kept, too. A version goes at once, by a rename, so that a
+        reader misses it whole.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, or numbers could be given twice; got {keep}")
-        gone = self.numbers()[:-keep]
+        numbers, orders = self.numbers(), self.orders()
+        kept = {orders.pinned, orders.newest(numbers)}
+        gone = [number for number in numbers[:-keep] if number not in kept]
         for number in gone:
             directories.disappear(self._path(number))
         directories.sweep(self._directory)
@@ -298,6 +405,10 @@ def _weights(data: Mapping[str, bytes]) -> Weights:
     arrays = safetensors.numpy.load(data[ROWS])
     names = {int(key): str(name) for key, name in json.loads(data[NAMES]).items()}
     return Weights(dense=safetensors.numpy.load(data[DENSE]), item_names=names, **arrays)
+
+
+def _utc(ms: int) -> str:
+    return f"{datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def _sha256(data: bytes) -> str:

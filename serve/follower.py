@@ -1,11 +1,11 @@
-"""Keeps an engine at the newest weights version, from a thread of its own."""
+"""Keeps an engine at the weights version to be served, from a thread of its own."""
 
 import logging
 import threading
 from typing import Protocol
 
 from grstream.scores import UnusableWeights
-from grstream.weights import Manifest, WeightSource, WeightsVersion
+from grstream.weights import Manifest, WeightsError, WeightSource, WeightsVersion
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ class Swappable(Protocol):
 
 
 class WeightsFollower:
-    """Polls a source and swaps what is newer into an engine; a version that is no good is left out."""
+    """Polls a source and swaps what it says into an engine; a version that is no good is left out."""
 
     def __init__(self, source: WeightSource, engine: Swappable, poll_s: float) -> None:
         self._source, self._engine, self._poll_s = source, engine, poll_s
@@ -38,9 +38,9 @@ class WeightsFollower:
         return self._thread.is_alive()
 
     def poll(self) -> bool:
-        """Swap in a newer version if there is one: whether it is worth looking again at once."""
+        """Swap in another version if one is to be served: whether it is worth looking again at once."""
         manifest = self._engine.manifest
-        version = self._source.newer_than(manifest.number if manifest else 0)
+        version = self._source.instead_of(manifest.number if manifest else 0)
         if version is None:
             return False
         try:
@@ -56,7 +56,7 @@ class WeightsFollower:
         while not self._stopping.is_set():
             try:
                 again = self.poll()
-            except OSError as error:  # shared storage may be away for a while
+            except (OSError, WeightsError) as error:  # shared storage may be away for a while
                 logger.error("cannot read weights versions: %s", error)
                 again = False
             if not again:

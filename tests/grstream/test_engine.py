@@ -390,7 +390,7 @@ def test_a_scorer_can_be_built_from_a_published_version_alone(tmp_path: pathlib.
     WeightStore(tmp_path).publish(
         VERSIONS[3].weights, RECIPE, step=1, positions={0: [(0, 5)]}, newest_event_ms=9
     )
-    loaded = WeightStore(tmp_path).newer_than(0)
+    loaded = WeightStore(tmp_path).instead_of(0)
     assert loaded is not None
     served = engine(None)
     served.swap(loaded)

@@ -10,15 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grstream import keys, weights
+from grstream import cli, keys, weights
 from grstream.config import ModelConfig
 from grstream.weights import (
     CorruptWeights,
     Manifest,
+    Orders,
     Recipe,
     VersionExists,
     VersionMissing,
     Weights,
+    WeightsError,
     WeightStore,
 )
 
@@ -86,7 +88,7 @@ def test_a_version_says_which_offsets_it_has_learned_from(tmp_path: pathlib.Path
 def test_an_empty_store_has_nothing_newer(tmp_path: pathlib.Path) -> None:
     store = WeightStore(tmp_path / "absent")
     assert store.numbers() == []
-    assert store.newer_than(0) is None
+    assert store.instead_of(0) is None
 
 
 def test_item_keys_are_turned_back_into_the_ids_they_came_from() -> None:
@@ -136,13 +138,13 @@ def test_a_truncated_or_missing_file_is_named_and_never_served(
             store.load(2)
         assert caught.value.number == 2
     with caplog.at_level(logging.ERROR):
-        version = store.newer_than(0)
+        version = store.instead_of(0)
         assert version is not None
         assert version.number == 1
-        assert store.newer_than(1) is None
+        assert store.instead_of(1) is None
     assert len([r for r in caplog.records if "version 2 is corrupt" in r.message]) == 1
     publish(store, seed=3)
-    assert store.newer_than(1).number == 3
+    assert store.instead_of(1).number == 3
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -184,7 +186,7 @@ def test_a_publisher_that_dies_between_files_leaves_no_version(tmp_path: pathlib
     assert len(left) == 1
     again = WeightStore(tmp_path)
     assert again.numbers() == [1]
-    assert again.newer_than(1) is None
+    assert again.instead_of(1) is None
     assert publish(again, seed=3).number == 2
     again.prune(keep=2)
     assert left[0].exists(), "a young scratch directory may have a living writer"
@@ -229,7 +231,7 @@ def test_a_reader_beside_a_publisher_that_prunes_sees_whole_versions_in_rising_o
     reader, seen = WeightStore(tmp_path), 0
     while not done.is_set() or seen < 59:
         assert not failures, failures
-        version = reader.newer_than(seen)
+        version = reader.instead_of(seen)
         if version is not None:
             assert version.number > seen
             assert version.manifest.step == version.number
@@ -252,6 +254,86 @@ def test_a_version_that_a_reader_rejects_is_passed_over_for_an_older_one(tmp_pat
     publish(store)
     publish(store)
     store.reject(2)
-    assert store.newer_than(0).number == 1
-    assert store.newer_than(1) is None
-    assert WeightStore(tmp_path).newer_than(0).number == 2
+    assert store.instead_of(0).number == 1
+    assert store.instead_of(1) is None
+    assert WeightStore(tmp_path).instead_of(0).number == 2
+
+
+def test_a_pinned_version_is_served_and_kept_until_it_is_unpinned(tmp_path: pathlib.Path) -> None:
+    store, scorer = WeightStore(tmp_path), WeightStore(tmp_path)
+    for seed in range(3):
+        publish(store, seed)
+    store.pin(1)
+    assert scorer.instead_of(3).number == 1
+    assert scorer.instead_of(1) is None
+    publish(store, 3)
+    assert store.prune(keep=1) == [2, 3]
+    assert scorer.instead_of(1) is None
+    store.pin(None)
+    assert scorer.instead_of(1).number == 4
+
+
+def test_rollback_withdraws_what_is_newer_and_lets_later_versions_through(tmp_path: pathlib.Path) -> None:
+    store, scorer = WeightStore(tmp_path), WeightStore(tmp_path)
+    for seed in range(4):
+        publish(store, seed)
+    assert store.rollback() == 3
+    assert scorer.instead_of(4).number == 3
+    assert store.rollback() == 2
+    assert scorer.instead_of(3).number == 2
+    assert scorer.instead_of(2) is None
+    assert store.prune(keep=1) == [1, 3], "what is to be served stays, and so does the newest number"
+    assert scorer.instead_of(0).number == 2
+    assert publish(store, 9).number == 5
+    assert scorer.instead_of(2).number == 5
+    store.pin(2)
+    assert store.rollback(to=2) == 2
+    assert store.orders() == Orders(withdrawn=[4, 5]), "a rollback ends a pin"
+    with pytest.raises(VersionMissing, match="withdrawn"):
+        store.rollback(to=4)
+    with pytest.raises(VersionMissing, match="no older"):
+        store.rollback()
+
+
+def test_what_cannot_be_served_is_not_ordered(tmp_path: pathlib.Path) -> None:
+    store = WeightStore(tmp_path)
+    publish(store)
+    publish(store)
+    file_of(tmp_path, 1, weights.ROWS).write_bytes(b"x")
+    for order in (lambda: store.pin(1), lambda: store.rollback(), lambda: store.pin(7)):
+        with pytest.raises((CorruptWeights, VersionMissing)):
+            order()
+        assert store.orders() == Orders()
+        assert store.instead_of(0).number == 2
+
+
+def test_orders_that_cannot_be_read_are_an_error(tmp_path: pathlib.Path) -> None:
+    publish(WeightStore(tmp_path))
+    (tmp_path / weights.ORDERS).write_text("{")
+    with pytest.raises(WeightsError, match=r"orders\.json"):
+        WeightStore(tmp_path).instead_of(0)
+
+
+def test_the_command_lists_and_orders(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = WeightStore(tmp_path / "weights")
+    publish(store)
+    publish(store)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"storage: {tmp_path}\nevents: {{actions: [click]}}\n")
+
+    def run(*arguments: str) -> list[str]:
+        assert cli.main(["weights", *arguments, "--config", str(config)]) == 0
+        return capsys.readouterr().out.splitlines()[1:]
+
+    newest, oldest = run("list")
+    assert newest.split()[:3] == ["2", "0", "11"]
+    assert newest.endswith("to be served")
+    newest, oldest = run("pin", "1")
+    assert oldest.endswith("pinned, to be served")
+    newest, oldest = run("unpin")
+    assert newest.endswith("to be served")
+    newest, oldest = run("rollback")
+    assert newest.endswith("withdrawn")
+    assert oldest.endswith("to be served")
+    assert cli.main(["weights", "pin", "9", "--config", str(config)]) == 1
+    assert "no weights version 9" in capsys.readouterr().err

@@ -26,7 +26,7 @@ class Source:
         self.rejected: list[int] = []
         self.away = False
 
-    def newer_than(self, number: int) -> WeightsVersion | None:
+    def instead_of(self, number: int) -> WeightsVersion | None:
         if self.away:
             raise OSError("stale file handle")
         good = [n for n in self.numbers if n > number and n not in self.rejected]
