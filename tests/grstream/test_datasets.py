@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from grstream import epochs
 from grstream.config import Config, ConfigError, SyntheticConfig, parse
 from grstream.config import load as load_config
 from grstream.datasets import SYNTHETIC_EPOCH_MS, DatasetError, load
@@ -196,12 +197,18 @@ def test_deskdrop_whole(assets: pathlib.Path) -> None:
     assert all(schema.validate(e.to_json()) == e for e in events[::1000])
 
 
-SYSTEMS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "serve.yaml")  # which is Serve's own
+OURS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "serve.yaml")  # which is Serve's own
+RUNS = [path for path in OURS if "\nepochs:" in path.read_text()]  # of epochs, not on a stream
 
 
-@pytest.mark.parametrize("path", SYSTEMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(set(OURS) - set(RUNS)), ids=lambda path: path.stem)
 def test_every_configuration_of_the_project_is_valid(path: pathlib.Path) -> None:
     assert load_config(path).storage.name == path.stem
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_every_configuration_of_a_run_of_epochs_is_valid(path: pathlib.Path) -> None:
+    assert epochs.load(path).model.dim % epochs.load(path).model.heads == 0
 
 
 def test_the_synthetic_stream_is_the_same_for_the_same_seed_however_much_is_read() -> None:
