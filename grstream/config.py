@@ -149,6 +149,12 @@ class TrainConfig(Section):
         1e-2, gt=0, description="AdamW, tables of relative position and time"
     )
     row_learning_rate: float = pydantic.Field(0.05, gt=0, description="rowwise Adagrad, embedding rows")
+    vocabulary_rows: int | None = pydantic.Field(
+        None,
+        ge=1,
+        description="embedding rows, of items and features; beyond, a new key takes the row of the one used "
+        "least recently. Default: as many as there are keys",
+    )
     weight_decay: float = pydantic.Field(0.0, ge=0)
     retrieval_weight: float = pydantic.Field(0.02, ge=0, description="retrieval loss beside the ranking loss")
     negatives: int = pydantic.Field(256, ge=1, description="uniform negatives a step beside in-batch ones")

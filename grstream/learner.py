@@ -58,7 +58,9 @@ class Learner:
         self.ranks = ranks or Ranks()
         self.device = torch.device(device)
         self.model = HSTU(config.model, actions=len(config.events.actions)).to(self.device)
-        self.vocabulary = Vocabulary(config.model.dim, config.train.seed, self.device)
+        self.vocabulary = Vocabulary(
+            config.model.dim, config.train.seed, self.device, config.train.vocabulary_rows
+        )
         self.metrics = StreamMetrics(config.events.actions, config.train.recent_events)
         self.steps = 0
         self._optimizer = _optimizer(self.model, config.train)
@@ -69,7 +71,6 @@ class Learner:
 
     def step(self, batch: MicroBatch) -> StepReport:
         """Predict the new events, then learn from them. Raises NonFiniteLoss, having changed nothing."""
-        held = len(self.vocabulary)
         rows = self._admit(batch)
         sampled = self._sampled_rows()
         used = np.unique(np.concatenate([rows.shared, sampled]))
@@ -100,7 +101,7 @@ class Learner:
             with torch.no_grad():
                 _, new, ranked, users = self._encode(batch, rows, None, used, table, train=False)
                 logits = self.model.action_logits(ranked)
-        predictions = self._predictions(batch, new, rows.items, held, logits.detach(), users.detach())
+        predictions = self._predictions(batch, new, rows.items, logits.detach(), users.detach())
         self._learn(losses, table, used)
         self.vocabulary.count(self._of_all_ranks(targets))
         self.metrics.update(predictions)
@@ -245,7 +246,6 @@ class Learner:
         batch: MicroBatch,
         new: Asked,
         items: npt.NDArray[np.int64],  # (E,) rows
-        held: int,  # rows before this step
         logits: torch.Tensor,
         users: torch.Tensor,
     ) -> Predictions:
@@ -262,21 +262,19 @@ class Learner:
                     late=batch.roles[at] == Role.NEW_LATE,
                     labels=self._labels(batch).numpy(),
                     probabilities=torch.sigmoid(logits.float()).cpu().numpy(),
-                    ranks=self._ranks_of_items(self.model.user_vectors(users), items[at], held),
+                    ranks=self._ranks_of_items(self.model.user_vectors(users), items[at]),
                 )
             )
         )
 
-    def _ranks_of_items(
-        self, users: torch.Tensor, rows: npt.NDArray[np.int64], held: int
-    ) -> npt.NDArray[np.int64]:
-        """The place of each event's item among the `held` first rows' items, for the first PROBES events.
+    def _ranks_of_items(self, users: torch.Tensor, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The place of each event's item among those that had a row, for the first PROBES events.
 
         An item that had no row before this step could not have been retrieved: it comes last.
         """
         out = np.full(len(rows), -1, np.int64)
         items = self.vocabulary.item_rows()
-        items = items[items < held]
+        items = items[~np.isin(items, self.vocabulary.fresh)]
         if not self.config.train.retrieval_weight or not len(items):
             return out
         rows = rows[:PROBES]
@@ -284,7 +282,7 @@ class Learner:
         scores = users[:PROBES] @ table.T  # (P, items)
         at = self._tensor(np.minimum(np.searchsorted(items, rows), len(items) - 1))
         places = (scores > scores.gather(1, at[:, None])).sum(1).cpu().numpy()
-        out[:PROBES] = np.where(rows < held, places, len(items))
+        out[:PROBES] = np.where(np.isin(rows, self.vocabulary.fresh), len(items), places)
         return out
 
     def _learn(self, losses: torch.Tensor, table: torch.Tensor, used: npt.NDArray[np.int64]) -> None:
@@ -330,7 +328,10 @@ class Learner:
         self.model.load_state_dict(_to_tensors(state["model"]))
         self._optimizer.load_state_dict(_to_tensors(state["optimizer"]))
         self.vocabulary = Vocabulary.from_state(
-            VocabularyState(**state["vocabulary"]), self.config.train.seed, self.device
+            VocabularyState(**state["vocabulary"]),
+            self.config.train.seed,
+            self.device,
+            self.config.train.vocabulary_rows,
         )
         self.metrics.load(state["metrics"])
 

@@ -1,4 +1,8 @@
-"""The dynamic embedding: a row for every key that was ever trained, and its rowwise Adagrad.
+"""The dynamic embedding: a row for every key that was trained lately, and its rowwise Adagrad.
+
+Rows grow up to a budget; beyond it a new key takes the row of the one that was used least recently, and
+starts as any new key does. Use is being in a micro-batch, of whatever rank: so ranks evict alike, and so does
+a replay.
 
 A key without a row has an initial vector that is a function of the key and the seed alone. So a server
 scores an item that no version knows just as the trainer would have predicted it, and ranks that meet a new
@@ -18,6 +22,8 @@ from kernels import embedding
 # Retrieval normalises item vectors, so a short one gets long gradients: rows that start much shorter than
 # this are steered by the retrieval loss alone until they have grown.
 INITIAL_STD = 0.1
+# Share of the rows that are put in order of last use at a time: sorting is then little beside all else.
+_QUEUED = 1 / 16
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64
 
 
@@ -41,18 +47,25 @@ class VocabularyState:
     squares: npt.NDArray[np.float32]  # (n,) Adagrad's sum of mean squared gradients
     items: npt.NDArray[np.bool_]  # (n,) the key names an item, and may be retrieved
     counts: npt.NDArray[np.int64]  # (n,) events that were about it, an item
+    used: npt.NDArray[np.int64]  # (n,) which admission it was last part of
     item_names: dict[int, str]  # of items whose ids are strings
 
 
 class Vocabulary:
     """Keys to embedding rows, growing as keys come. Not thread-safe; a server builds one per version.
 
-    Keys and what is known of them are in main memory, the rows and their optimizer on `device`.
+    Keys and what is known of them are in main memory, the rows and their optimizer on `device`. `budget` is
+    the most rows, without which none is evicted; what one admission takes is never refused, though.
     """
 
-    def __init__(self, dim: int, seed: int = 0, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, dim: int, seed: int = 0, device: torch.device | str = "cpu", budget: int | None = None
+    ) -> None:
         self.dim = dim
         self.seed = seed
+        self.budget = budget
+        self.evicted = 0  # keys so far
+        self.fresh = np.empty(0, np.int64)  # rows that the last admission gave to keys without one
         self.device = torch.device(device)
         self.item_names: dict[int, str] = {}
         self._table = KeyTable()
@@ -61,6 +74,10 @@ class Vocabulary:
         self._items = np.empty(0, np.bool_)
         self._keys = np.empty(0, np.int64)
         self._counts = np.empty(0, np.int64)
+        self._used = np.empty(0, np.int64)
+        self._admissions = 0
+        # Rows in order of last use as of some admission, and that use: one used since is found by it.
+        self._queue = self._queued_at = np.empty(0, np.int64)
 
     @classmethod
     def from_rows(
@@ -71,19 +88,28 @@ class Vocabulary:
         rows: npt.NDArray[np.float32],  # (n, dim)
         items: npt.NDArray[np.bool_] | None = None,  # (n,) default: none is known to be an item
         device: torch.device | str = "cpu",
+        budget: int | None = None,
     ) -> "Vocabulary":
         vocabulary = cls(dim, seed, device)
         vocabulary.admit(keys, np.zeros(len(keys), np.bool_) if items is None else items)
         vocabulary._rows[: len(keys)] = torch.from_numpy(np.array(rows))
+        vocabulary.budget = budget
         return vocabulary
 
     @classmethod
     def from_state(
-        cls, state: VocabularyState, seed: int, device: torch.device | str = "cpu"
+        cls,
+        state: VocabularyState,
+        seed: int,
+        device: torch.device | str = "cpu",
+        budget: int | None = None,
     ) -> "Vocabulary":
-        vocabulary = cls.from_rows(state.rows.shape[1], seed, state.keys, state.rows, state.items, device)
+        dim = state.rows.shape[1]
+        vocabulary = cls.from_rows(dim, seed, state.keys, state.rows, state.items, device, budget)
         vocabulary._squares[: len(state.keys)] = torch.from_numpy(np.array(state.squares))
         vocabulary._counts[: len(state.keys)] = state.counts
+        vocabulary._used[: len(state.keys)] = state.used
+        vocabulary._admissions = int(state.used.max(initial=0))
         vocabulary.item_names = dict(state.item_names)
         return vocabulary
 
@@ -96,6 +122,7 @@ class Vocabulary:
             squares=self._squares[:n].cpu().numpy().copy(),
             items=self._items[:n].copy(),
             counts=self._counts[:n].copy(),
+            used=self._used[:n].copy(),
             item_names=dict(self.item_names),
         )
 
@@ -107,19 +134,57 @@ class Vocabulary:
         return self._table.find(keys)
 
     def admit(self, keys: Keys, items: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-        """The rows of distinct keys; a new key gets the next row. `items`: which of them name an item."""
+        """The rows of distinct keys, until the next admission. `items`: which of them name an item.
+
+        A new key gets the next row, or beyond the budget that of the key used least recently.
+        """
         rows = self._table.find(keys)
         new = rows < 0
+        self._admissions += 1
+        self._used[rows[~new]] = self._admissions
         if new.any():
-            first = len(self)
-            rows[new] = self._table.insert(keys[new])
-            self._reserve(len(self))
-            self._rows[first : len(self)] = initial_rows(keys[new], self.dim, self.seed).to(self.device)
-            self._squares[first : len(self)] = 0
-            self._counts[first : len(self)] = 0
-            self._items[rows[new]] = items[new]
-            self._keys[rows[new]] = keys[new]
+            if self.budget is not None:
+                self._evict(min(len(self) + int(new.sum()) - self.budget, int(new.sum())))
+            fresh = rows[new] = self._table.insert(keys[new])
+            self._reserve(self._table.stop)
+            at = torch.from_numpy(fresh).to(self.device)
+            self._rows[at] = initial_rows(keys[new], self.dim, self.seed).to(self.device)
+            self._squares[at] = 0
+            self._counts[fresh] = 0
+            self._items[fresh] = items[new]
+            self._keys[fresh] = keys[new]
+            self._used[fresh] = self._admissions
+        self.fresh = rows[new]
         return rows
+
+    def _evict(self, count: int) -> None:
+        """Forget keys that are not part of this admission, least recently used first, as many as there are.
+
+        All rows are taken while new keys wait for them, so rows stay dense.
+        """
+        while count > 0:
+            stale = self._queue[self._used[self._queue] == self._queued_at]
+            gone = stale[:count]
+            if len(gone):
+                keys = self._keys[gone]
+                self._table.remove(gone)
+                self._used[gone] = -1
+                for key in keys[self._items[gone]].tolist():
+                    self.item_names.pop(key, None)
+                self.evicted += len(gone)
+                count -= len(gone)
+                self._queue = stale[len(gone) :]
+                self._queued_at = self._used[self._queue]
+                continue
+            used = self._used[: self._table.stop]
+            idle = np.flatnonzero((used >= 0) & (used < self._admissions))
+            if not len(idle):
+                return
+            size = min(len(idle), max(count, int(len(used) * _QUEUED)))
+            bound = np.partition(used[idle], size - 1)[size - 1]
+            oldest = idle[used[idle] <= bound]
+            self._queue = oldest[np.argsort(used[oldest], kind="stable")]
+            self._queued_at = used[self._queue]
 
     def gather(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """A copy of these rows: (n, dim)."""
@@ -170,3 +235,4 @@ class Vocabulary:
         self._items = np.resize(self._items, size)
         self._keys = np.resize(self._keys, size)
         self._counts = np.resize(self._counts, size)
+        self._used = np.resize(self._used, size)

@@ -94,3 +94,74 @@ def test_initial_vectors_have_the_stated_spread_and_differ_by_seed() -> None:
     assert not torch.equal(rows, initial_rows(keys, 16, 1))
     correlation = np.corrcoef(rows.numpy().T) - np.eye(16)
     assert np.abs(correlation).max() < 0.1
+
+
+class Remembered:
+    """What a vocabulary of a budget holds, said with a dict in order of last use."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.vectors: dict[int, float] = {}  # what was added to each key's initial vector
+
+    def admit(self, keys: list[int], rows: dict[int, int]) -> set[int]:
+        """Those that were evicted. `rows`: of the keys held, which say who goes first of equals."""
+        held = self.vectors
+        mine = {key: held.pop(key) for key in keys if key in held}
+        new = [key for key in keys if key not in mine]
+        gone = list(held)[: max(0, len(held) + len(keys) - self.budget)][: len(new)]
+        for key in gone:
+            del held[key]
+        everyone = mine | dict.fromkeys(new, 0.0)
+        held.update({key: everyone[key] for key in sorted(everyone, key=lambda key: rows.get(key, -1))})
+        return set(gone)
+
+
+@given(
+    steps=st.lists(st.lists(st.integers(-20, 20), min_size=1, max_size=8, unique=True), max_size=25),
+    budget=st.integers(1, 16),
+    restored=st.integers(0, 24),
+)
+def test_beyond_the_budget_the_key_used_least_recently_goes_and_leaves_nothing(
+    steps, budget, restored
+) -> None:
+    vocabulary, expected = Vocabulary(2, budget=budget), Remembered(budget)
+    most = budget
+    for at, keys in enumerate(steps):
+        if at == restored:
+            vocabulary = Vocabulary.from_state(vocabulary.state(), seed=0, budget=budget)
+        array = np.array(keys)
+        known = vocabulary.lookup(array) >= 0
+        rows = vocabulary.admit(array, array % 2 == 0)
+        most = max(most, len(keys))
+        assert len(vocabulary) <= most
+        assert sorted(vocabulary.fresh.tolist()) == sorted(rows[~known].tolist())
+        gone = expected.admit(keys, dict(zip(keys, rows.tolist(), strict=True)))
+        if gone:
+            assert (vocabulary.lookup(np.array(sorted(gone))) == -1).all()
+        assert len(set(rows.tolist())) == len(rows)
+        vocabulary._rows[torch.from_numpy(rows)] += 1.0
+        for key in keys:
+            expected.vectors[key] += 1.0
+        held = np.array(sorted(expected.vectors))
+        got, known = vocabulary.vectors(held)
+        assert known.all()
+        assert len(vocabulary) == len(held)
+        added = torch.tensor([expected.vectors[key] for key in held.tolist()])
+        torch.testing.assert_close(got, initial_rows(held, 2, 0) + added[:, None])
+        assert set(vocabulary.keys_of(vocabulary.item_rows()).tolist()) == {k for k in held if k % 2 == 0}
+
+
+def test_an_evicted_key_leaves_neither_its_name_nor_its_count_nor_its_optimizer() -> None:
+    vocabulary = Vocabulary(2, budget=1)
+    first, second = np.array([4]), np.array([6])
+    rows = vocabulary.admit(first, np.array([True]))
+    vocabulary.item_names[4] = "four"
+    vocabulary.count(rows)
+    vocabulary.update(rows, torch.ones(1, 2), 0.1)
+    assert vocabulary.admit(second, np.array([True])).tolist() == rows.tolist()
+    state = vocabulary.state()
+    assert state.keys.tolist() == [6]
+    assert state.item_names == {}
+    assert state.counts.tolist() == [0]
+    assert state.squares.tolist() == [0.0]
+    assert vocabulary.evicted == 1

@@ -76,12 +76,15 @@ def served_version(learner: Learner) -> WeightsVersion:
     layout=st.sampled_from(sorted(CONFIGS)),
     seed=st.integers(0, 1_000),
     cuts=st.lists(st.integers(1, 12), min_size=3, max_size=5),
+    budget=st.sampled_from([None, 5]),
 )
-@settings(max_examples=20)
+@settings(max_examples=30)
 def test_a_trainer_says_of_an_event_what_a_server_would_have_said(
-    layout: str, seed: int, cuts: list[int]
+    layout: str, seed: int, cuts: list[int], budget: int | None
 ) -> None:
     config, events = CONFIGS[layout], stream(seed, sum(cuts))
+    rows = config.train.model_copy(update={"vocabulary_rows": budget})
+    config = config.model_copy(update={"train": rows})
     learner, engine = Learner(config), Engine(config.serve)
     trainers = RollingHistories(config.histories, features=2)
     servers = RollingHistories(config.histories, features=2, track_new=False)
