@@ -206,9 +206,9 @@ def _build(version: WeightsVersion, device: torch.device) -> _Served:
 
 
 def _require_finite(number: int, weights: Weights) -> None:
-    for name, array in [*weights.dense.items(), ("the embedding rows", weights.rows)]:
-        if not np.isfinite(array).all():
-            raise UnusableWeights(f"weights version {number}: {name} holds values that are not finite")
+    bad = weights.not_finite()
+    if bad is not None:
+        raise UnusableWeights(f"weights version {number}: {bad} holds values that are not finite")
 
 
 def _require_finite_scores(served: _Served, scores: torch.Tensor) -> None:

@@ -29,11 +29,12 @@ from grstream.reader import LogTruncated, OffsetGap
 from grstream.source import ReadersNotStarted, StreamSplit, actions
 from grstream.trainer import Trainer
 from grstream.until import Until
+from grstream.weights import NonFiniteWeights
 
 logger = logging.getLogger(__name__)
 
 # Errors that would only come again.
-LASTING = (OffsetGap, LogTruncated, TopicMissing, ReadersNotStarted, NonFiniteLoss)
+LASTING = (OffsetGap, LogTruncated, TopicMissing, ReadersNotStarted, NonFiniteLoss, NonFiniteWeights)
 WATCH_S = 0.25  # how often the driver looks at the board, and for a wish to stop
 
 

@@ -55,6 +55,10 @@ class CorruptWeights(WeightsError):
         self.number, self.file = number, file
 
 
+class NonFiniteWeights(WeightsError):
+    """Weights that hold infinities or NaN are never published."""
+
+
 class VersionExists(WeightsError):
     """The number to be published is not above every number that the store has held."""
 
@@ -80,6 +84,11 @@ class Weights:
                 f"expected keys (n,), items (n,) and rows (n, d), got {self.keys.shape}, {self.items.shape} "
                 f"and {self.rows.shape}"
             )
+
+    def not_finite(self) -> str | None:
+        """Which of the arrays holds a value that is not finite, if one does."""
+        named = [*self.dense.items(), ("the embedding rows", self.rows)]
+        return next((name for name, array in named if not np.isfinite(array).all()), None)
 
     def item_id(self, key: int) -> Id:
         """The id of an item key."""
@@ -183,8 +192,11 @@ class WeightStore:
     ) -> Manifest:
         """Make a version durable and then visible; without a `number`, the next one.
 
-        Raises VersionExists unless `number` is above all the store's numbers.
+        Raises VersionExists unless `number` is above all the store's numbers, and NonFiniteWeights.
         """
+        bad = weights.not_finite()
+        if bad is not None:
+            raise NonFiniteWeights(f"the weights of step {step} are not published: {bad} is not finite")
         newest = max(self.numbers(), default=0)
         number = newest + 1 if number is None else number
         if number <= newest:

@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import os
 import pathlib
@@ -15,6 +16,7 @@ from grstream.config import ModelConfig
 from grstream.weights import (
     CorruptWeights,
     Manifest,
+    NonFiniteWeights,
     Orders,
     Recipe,
     VersionExists,
@@ -257,6 +259,16 @@ def test_a_version_that_a_reader_rejects_is_passed_over_for_an_older_one(tmp_pat
     assert store.instead_of(0).number == 1
     assert store.instead_of(1) is None
     assert WeightStore(tmp_path).instead_of(0).number == 2
+
+
+@pytest.mark.parametrize("where", ["dense", "rows"])
+def test_weights_that_are_not_finite_are_never_published(tmp_path: pathlib.Path, where: str) -> None:
+    store, good = WeightStore(tmp_path), some_weights()
+    spoiled = {"dense": {**good.dense, "w": np.full((3, 4), np.inf, np.float32)}, "rows": good.rows * np.nan}
+    bad = dataclasses.replace(good, **{where: spoiled[where]})
+    with pytest.raises(NonFiniteWeights, match=r"step 3 are not published: (w|the embedding rows)"):
+        store.publish(bad, RECIPE, step=3, positions={}, newest_event_ms=5)
+    assert store.numbers() == []
 
 
 def test_a_pinned_version_is_served_and_kept_until_it_is_unpinned(tmp_path: pathlib.Path) -> None:

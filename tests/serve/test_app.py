@@ -54,7 +54,7 @@ class Application:
         rows = np.random.default_rng(seed).normal(size=(100, dim)).astype(np.float32)
         dense = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
         if bad:
-            dense["start"] = np.full(dim, np.nan, np.float32)
+            dense["start"] = np.zeros(dim + 1, np.float32)  # not what its recipe describes
         keys = keys_of_ints(Namespace.ITEM, np.arange(100))
         weights = Weights(dense, keys, rows, np.ones(100, np.bool_), {})
         manifest = (store or self.store).publish(
