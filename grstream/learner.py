@@ -324,11 +324,14 @@ class Learner:
     def load(self, directory: pathlib.Path) -> None:
         """Become what `save` wrote, on this and every other rank."""
         state = _to_arrays(torch.load(directory / "learner.pt", map_location="cpu", weights_only=True))
+        held = state["vocabulary"]
+        # Checkpoints of before rows had a budget do not say when they were used.
+        held.setdefault("used", np.zeros(len(held["keys"]), np.int64))
         self.steps = state["steps"]
         self.model.load_state_dict(_to_tensors(state["model"]))
         self._optimizer.load_state_dict(_to_tensors(state["optimizer"]))
         self.vocabulary = Vocabulary.from_state(
-            VocabularyState(**state["vocabulary"]),
+            VocabularyState(**held),
             self.config.train.seed,
             self.device,
             self.config.train.vocabulary_rows,

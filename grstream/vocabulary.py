@@ -160,17 +160,15 @@ class Vocabulary:
     def _evict(self, count: int) -> None:
         """Forget keys that are not part of this admission, least recently used first, as many as there are.
 
-        All rows are taken while new keys wait for them, so rows stay dense.
+        All rows are taken while new keys wait for them, so rows stay dense. Names stay: an item may come back
+        by way of a history, whose events bring none.
         """
         while count > 0:
             stale = self._queue[self._used[self._queue] == self._queued_at]
             gone = stale[:count]
             if len(gone):
-                keys = self._keys[gone]
                 self._table.remove(gone)
                 self._used[gone] = -1
-                for key in keys[self._items[gone]].tolist():
-                    self.item_names.pop(key, None)
                 self.evicted += len(gone)
                 count -= len(gone)
                 self._queue = stale[len(gone) :]

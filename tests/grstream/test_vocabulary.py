@@ -151,7 +151,7 @@ def test_beyond_the_budget_the_key_used_least_recently_goes_and_leaves_nothing(
         assert set(vocabulary.keys_of(vocabulary.item_rows()).tolist()) == {k for k in held if k % 2 == 0}
 
 
-def test_an_evicted_key_leaves_neither_its_name_nor_its_count_nor_its_optimizer() -> None:
+def test_an_evicted_key_leaves_neither_its_count_nor_its_optimizer_but_its_name() -> None:
     vocabulary = Vocabulary(2, budget=1)
     first, second = np.array([4]), np.array([6])
     rows = vocabulary.admit(first, np.array([True]))
@@ -161,7 +161,7 @@ def test_an_evicted_key_leaves_neither_its_name_nor_its_count_nor_its_optimizer(
     assert vocabulary.admit(second, np.array([True])).tolist() == rows.tolist()
     state = vocabulary.state()
     assert state.keys.tolist() == [6]
-    assert state.item_names == {}
+    assert state.item_names == {4: "four"}, "a history that has it brings it back without its name"
     assert state.counts.tolist() == [0]
     assert state.squares.tolist() == [0.0]
     assert vocabulary.evicted == 1

@@ -51,9 +51,10 @@ def check(drawn: Case, dtype: torch.dtype) -> None:
     expected = results(exact, "reference", weights.to(dtype).double())
     for name, got in results(ours, "triton", weights.to(dtype)).items():
         assert got.dtype == (torch.float32 if name == "out" else ours.arrays[name].dtype)
-        # What cancels may leave less than was added up: numbers of the order of 1, one a pair in a table.
-        added = (len(drawn.sight.row_prefix) + int(drawn.sight.row_prefix.sum())) if name in TABLES else 1
-        least = 0.25 * added**0.5
+        # What cancels may leave less than was added up: numbers of the order of 1, in a table one a pair.
+        # That many roundings show beside the bound of fp32 alone.
+        pairs = len(drawn.sight.row_prefix) + int(drawn.sight.row_prefix.sum())
+        least = 0.25 * (pairs**0.5 if name in TABLES and dtype == torch.float32 else 1)
         scale = max(float(expected[name].abs().max()), least) if expected[name].numel() else 0.0
         torch.testing.assert_close(
             got.double(),
