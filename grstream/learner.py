@@ -7,7 +7,7 @@ update, so that the ranks stay equal bit for bit.
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,11 @@ from grstream.config import Config, TrainConfig
 from grstream.keys import ABSENT
 from grstream.metrics import Predictions, StreamMetrics
 from grstream.microbatch import MicroBatch, Role
-from grstream.model import HSTU
+from grstream.model import HSTU, Model
 from grstream.ranks import Ranks
 from grstream.retrieval import expected_counts, full_softmax, sampled_softmax
 from grstream.stochastic_length import kept_events
-from grstream.tokens import Asked, Events, Tokens, changed_context, context_before, training_tokens
+from grstream.tokens import Events, changed_context, context_before, training_tokens
 from grstream.vocabulary import Vocabulary, VocabularyState
 from grstream.weights import Weights
 
@@ -47,6 +47,14 @@ class StepReport:
     sparsity: float  # share of the events that Stochastic Length left out of the step
 
 
+class Outputs(NamedTuple):
+    """What a model makes of N events before it knows their actions."""
+
+    ranking: torch.Tensor  # (N, d) what `action_logits` reads
+    retrieval: torch.Tensor  # (N, d) what `user_vectors` reads
+    tokens: int  # encoded for it
+
+
 class Learner:
     """A model in training. All ranks call `step` together, an idle one with an empty batch."""
 
@@ -57,7 +65,7 @@ class Learner:
         self.config = config
         self.ranks = ranks or Ranks()
         self.device = torch.device(device)
-        self.model = HSTU(config.model, actions=len(config.events.actions)).to(self.device)
+        self.model = self._build().to(self.device)
         self.vocabulary = Vocabulary(
             config.model.dim, config.train.seed, self.device, config.train.vocabulary_rows
         )
@@ -69,21 +77,25 @@ class Learner:
             [weights.get(name, 1.0) for name in config.events.actions], device=self.device
         )
 
+    def _build(self) -> Model:
+        return HSTU(self.config.model, actions=len(self.config.events.actions))
+
     def step(self, batch: MicroBatch) -> StepReport:
         """Predict the new events, then learn from them. Raises NonFiniteLoss, having changed nothing."""
-        rows = self._admit(batch)
+        shared, rows = self._admit(batch)
         sampled = self._sampled_rows()
-        used = np.unique(np.concatenate([rows.shared, sampled]))
+        used = np.unique(np.concatenate([shared, sampled]))
         table = self.vocabulary.gather(used).requires_grad_()
+        places = rows.among(used)
         kept = self._kept(batch)
-        tokens, new, ranked, users = self._encode(batch, rows, kept, used, table, train=True)
-        logits = self.model.action_logits(ranked)  # (N, A)
+        outputs = self._encode(batch, places, kept, table, train=True)
+        logits = self.model.action_logits(outputs.ranking)  # (N, A)
         labels = self._labels(batch)
         acted = labels.any(1)
         counts = [
             batch.new_events,
             int(acted.sum()),
-            len(tokens.memory_times) + len(tokens.query_times),
+            outputs.tokens,
             len(batch.items),
             len(batch.items) if kept is None else int(kept.sum()),
         ]
@@ -94,14 +106,15 @@ class Learner:
         )
         ranking = (of_actions * self._action_weights).sum()
         targets = rows.items[batch.roles != Role.CONTEXT]
-        retrieval = self._retrieval_loss(users, table, used, targets, acted, sampled)
+        retrieval = self._retrieval_loss(outputs.retrieval, table, used, targets, acted, sampled)
         losses = torch.stack([ranking / max(total[0], 1), retrieval / max(total[1], 1)])
         if self.config.model.dropout or kept is not None:
             # Law 6: the model is judged as it would serve.
             with torch.no_grad():
-                _, new, ranked, users = self._encode(batch, rows, None, used, table, train=False)
-                logits = self.model.action_logits(ranked)
-        predictions = self._predictions(batch, new, rows.items, logits.detach(), users.detach())
+                outputs = self._encode(batch, places, None, table, train=False)
+                logits = self.model.action_logits(outputs.ranking)
+        said = self._predictions(batch, logits, outputs.retrieval, targets, self._retrievable())
+        predictions = Predictions.concat(self.ranks.gather(said))
         self._learn(losses, table, used)
         self.vocabulary.count(self._of_all_ranks(targets))
         self.metrics.update(predictions)
@@ -116,10 +129,23 @@ class Learner:
             sparsity=float(1 - total[4] / max(total[3], 1)),
         )
 
+    @torch.no_grad()
+    def predict(self, batch: MicroBatch) -> Predictions:
+        """What the model, as it is, says of the new events. Nothing changes; other ranks are not asked."""
+        keys = np.concatenate([batch.items, batch.features.reshape(-1)])
+        distinct, place = np.unique(keys, return_inverse=True)
+        table, _ = self.vocabulary.vectors(distinct)
+        absent = (np.arange(len(keys)) >= len(batch.items)) & (keys == ABSENT)
+        places = _Rows.of(batch, np.where(absent, -1, place))
+        outputs = self._encode(batch, places, None, table, train=False)
+        logits = self.model.action_logits(outputs.ranking)
+        asked = self.vocabulary.lookup(batch.items[batch.roles != Role.CONTEXT])
+        return self._predictions(batch, logits, outputs.retrieval, asked, self.vocabulary.item_rows())
+
     # -- parts of a step --------------------------------------------------------------------------------
 
-    def _admit(self, batch: MicroBatch) -> "_Rows":
-        """Rows for every key of the batch, and of the other ranks' batches."""
+    def _admit(self, batch: MicroBatch) -> "tuple[npt.NDArray[np.int64], _Rows]":
+        """Rows for every key of the batch, and of the other ranks' batches: all of these, and the batch's."""
         keys = np.concatenate([batch.items, batch.features.reshape(-1)])
         kinds = np.arange(len(keys)) < len(batch.items)
         present = kinds | (keys != ABSENT)
@@ -129,7 +155,7 @@ class Learner:
             self.vocabulary.item_names.update(names)
         rows = np.full(len(keys), -1, np.int64)
         rows[present] = shared[np.searchsorted(shared_keys, keys[present])]
-        return _Rows(shared, rows[: len(batch.items)], rows[len(batch.items) :].reshape(batch.features.shape))
+        return shared, _Rows.of(batch, rows)
 
     def _sampled_rows(self) -> npt.NDArray[np.int64]:
         """What the retrieval loss sets against a step's own items, the same on every rank and on a replay.
@@ -162,32 +188,31 @@ class Learner:
     def _encode(
         self,
         batch: MicroBatch,
-        rows: "_Rows",
+        places: "_Rows",  # of `table`
         kept: npt.NDArray[np.bool_] | None,
-        used: npt.NDArray[np.int64],
         table: torch.Tensor,
         train: bool,
-    ) -> tuple[Tokens, Asked, torch.Tensor, torch.Tensor]:
-        """The new events' outputs for ranking and for retrieval, (N, d) each."""
+    ) -> Outputs:
         self.model.train(train)
         if kept is not None:
-            batch, rows = batch.where(kept), rows.where(kept)
-        events = self._events(batch, rows, used, table)
-        new = self._tensor(np.flatnonzero(batch.roles != Role.CONTEXT))
+            batch, places = batch.where(kept), places.where(kept)
+        events = self._events(batch, places, table)
+        return self._outputs(events, self._tensor(np.flatnonzero(batch.roles != Role.CONTEXT)))
+
+    def _outputs(self, events: Events, new: torch.Tensor) -> Outputs:
+        """What the model makes of the events `new` (N,), each from those of its sequence before it."""
         tokens, asked = training_tokens(events, new, self.config.model.layout == "interleaved")
         encoded = self.model(tokens, asked.readout)
-        return tokens, asked, asked.ranking(encoded), asked.retrieval(encoded)
+        count = len(tokens.memory_times) + len(tokens.query_times)
+        return Outputs(asked.ranking(encoded), asked.retrieval(encoded), count)
 
-    def _events(
-        self, batch: MicroBatch, rows: "_Rows", used: npt.NDArray[np.int64], table: torch.Tensor
-    ) -> Events:
+    def _events(self, batch: MicroBatch, places: "_Rows", table: torch.Tensor) -> Events:
         """The events' vectors: that of the item plus those of its features, and of what context changed."""
         contexts = len(self.config.events.context)
-        place = np.searchsorted(used, rows.items)
-        vectors = F.embedding(self._tensor(place), table)
+        vectors = F.embedding(self._tensor(places.items), table)
         for column in range(contexts, batch.features.shape[1]):
-            present = rows.features[:, column] >= 0
-            at = self._tensor(np.searchsorted(used, rows.features[present, column]))
+            present = places.features[:, column] >= 0
+            at = self._tensor(places.features[present, column])
             vectors = vectors.index_add(0, self._tensor(np.flatnonzero(present)), F.embedding(at, table))
         context = batch.features[:, :contexts]
         event, which = changed_context(context, context_before(context, batch.lengths))
@@ -196,7 +221,7 @@ class Learner:
             items=vectors,
             actions=self._tensor(batch.actions),
             times=self._tensor(batch.times),
-            contexts=F.embedding(self._tensor(np.searchsorted(used, rows.features[event, which])), table),
+            contexts=F.embedding(self._tensor(places.features[event, which]), table),
             context_of=self._tensor(event),
         )
 
@@ -244,37 +269,35 @@ class Learner:
     def _predictions(
         self,
         batch: MicroBatch,
-        new: Asked,
-        items: npt.NDArray[np.int64],  # (E,) rows
-        logits: torch.Tensor,
-        users: torch.Tensor,
+        logits: torch.Tensor,  # (N, A)
+        users: torch.Tensor,  # (N, d)
+        asked: npt.NDArray[np.int64],  # (N,) the items' rows, -1 of one without
+        retrievable: npt.NDArray[np.int64],  # (R,) rows, ascending
     ) -> Predictions:
-        at = new.events.cpu().numpy()
+        at = np.flatnonzero(batch.roles != Role.CONTEXT)
         sequence = np.repeat(np.arange(len(batch.users)), batch.lengths)
-        return Predictions.concat(
-            self.ranks.gather(
-                Predictions(
-                    users=batch.users[sequence[at]],
-                    items=batch.items[at],
-                    times=batch.times[at],
-                    partitions=batch.partitions,
-                    offsets=batch.offsets,
-                    late=batch.roles[at] == Role.NEW_LATE,
-                    labels=self._labels(batch).numpy(),
-                    probabilities=torch.sigmoid(logits.float()).cpu().numpy(),
-                    ranks=self._ranks_of_items(self.model.user_vectors(users), items[at]),
-                )
-            )
+        return Predictions(
+            users=batch.users[sequence[at]],
+            items=batch.items[at],
+            times=batch.times[at],
+            partitions=batch.partitions,
+            offsets=batch.offsets,
+            late=batch.roles[at] == Role.NEW_LATE,
+            labels=self._labels(batch).numpy(),
+            probabilities=torch.sigmoid(logits.float()).cpu().numpy(),
+            ranks=self._ranks_of_items(self.model.user_vectors(users), asked, retrievable),
         )
 
-    def _ranks_of_items(self, users: torch.Tensor, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The place of each event's item among those that had a row, for the first PROBES events.
-
-        An item that had no row before this step could not have been retrieved: it comes last.
-        """
-        out = np.full(len(rows), -1, np.int64)
+    def _retrievable(self) -> npt.NDArray[np.int64]:
+        """The rows of all items but those that this step met first, which could not have been retrieved."""
         items = self.vocabulary.item_rows()
-        items = items[~np.isin(items, self.vocabulary.fresh)]
+        return items[~np.isin(items, self.vocabulary.fresh)]
+
+    def _ranks_of_items(
+        self, users: torch.Tensor, rows: npt.NDArray[np.int64], items: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """The place of each event's item among `items`, for the first PROBES events; last if it is none."""
+        out = np.full(len(rows), -1, np.int64)
         if not self.config.train.retrieval_weight or not len(items):
             return out
         rows = rows[:PROBES]
@@ -282,7 +305,7 @@ class Learner:
         scores = users[:PROBES] @ table.T  # (P, items)
         at = self._tensor(np.minimum(np.searchsorted(items, rows), len(items) - 1))
         places = (scores > scores.gather(1, at[:, None])).sum(1).cpu().numpy()
-        out[:PROBES] = np.where(np.isin(rows, self.vocabulary.fresh), len(items), places)
+        out[:PROBES] = np.where(np.isin(rows, items), places, len(items))
         return out
 
     def _learn(self, losses: torch.Tensor, table: torch.Tensor, used: npt.NDArray[np.int64]) -> None:
@@ -341,16 +364,28 @@ class Learner:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    shared: npt.NDArray[np.int64]  # distinct rows of all ranks' batches
+    """Rows of some table for each event's item and features."""
+
     items: npt.NDArray[np.int64]  # (E,)
     features: npt.NDArray[np.int64]  # (E, F), -1 where absent
 
+    @classmethod
+    def of(cls, batch: MicroBatch, rows: npt.NDArray[np.int64]) -> "_Rows":
+        """From those of the items followed by those of the features, event by event."""
+        events = len(batch.items)
+        return cls(rows[:events], rows[events:].reshape(batch.features.shape))
+
+    def among(self, used: npt.NDArray[np.int64]) -> "_Rows":
+        """Where these rows are among the rows `used`, ascending, that hold them all."""
+        features = np.where(self.features < 0, -1, np.searchsorted(used, self.features))
+        return _Rows(np.searchsorted(used, self.items), features)
+
     def where(self, kept: npt.NDArray[np.bool_]) -> "_Rows":
         """Those of some events."""
-        return _Rows(self.shared, self.items[kept], self.features[kept])
+        return _Rows(self.items[kept], self.features[kept])
 
 
-def _optimizer(model: HSTU, config: TrainConfig) -> torch.optim.AdamW:
+def _optimizer(model: Model, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with a rate of its own for the bias tables.
 
     An entry of a table weighs every pair at its distance, and says how soon history stops to matter. Adam

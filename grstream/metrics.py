@@ -57,10 +57,18 @@ def entropy(rate: float) -> float:
 
 def gauc(users: npt.NDArray[np.int64], labels: npt.NDArray[np.bool_], scores: npt.NDArray) -> float:
     """AUC within each user that has both labels, weighted by the user's events; nan where nobody has."""
+    _, aucs, events = user_aucs(users, labels, scores)
+    return float(np.average(aucs, weights=events)) if len(aucs) else math.nan
+
+
+def user_aucs(
+    users: npt.NDArray[np.int64], labels: npt.NDArray[np.bool_], scores: npt.NDArray
+) -> tuple[npt.NDArray[np.int64], Floats, Floats]:
+    """The users that have both labels, ascending, the AUC within each and its number of events: (U,) each."""
     order = np.lexsort((scores, users))
     users, labels, scores = users[order], labels[order].astype(np.float64), scores[order]
     if not len(users):
-        return math.nan
+        return users, np.empty(0), np.empty(0)
     starts = np.flatnonzero(np.r_[True, users[1:] != users[:-1]])
     group = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(users)]))
     # Mid-ranks within the user: ties of a score share the mean of their places.
@@ -71,10 +79,8 @@ def gauc(users: npt.NDArray[np.int64], labels: npt.NDArray[np.bool_], scores: np
     positives = np.bincount(group, labels)
     rank_sum = np.bincount(group, labels * mid)
     mixed = (positives > 0) & (positives < events)
-    if not mixed.any():
-        return math.nan
     n, p, r = events[mixed], positives[mixed], rank_sum[mixed]
-    return float(np.average((r - p * (p + 1) / 2) / (p * (n - p)), weights=n))
+    return users[starts][mixed], (r - p * (p + 1) / 2) / (p * (n - p)), n
 
 
 class StreamMetrics:
@@ -179,4 +185,27 @@ def running_rates(
             tally[1] += 1
         positives += label
         events += 1
+    return out
+
+
+def popularity_ranks(
+    items: npt.NDArray[np.int64], times: npt.NDArray[np.int64], within_ms: int
+) -> npt.NDArray[np.int64]:
+    """Each event's item's place among those by events of the last `within_ms`, before the event: (N,).
+
+    In stream order. 0 is first; ties go to the item that was taken last, and one that was not taken before
+    stands behind all that were.
+    """
+    _, number = np.unique(items, return_inverse=True)
+    recent, latest = np.zeros(number.max(initial=-1) + 1, np.int64), np.full(number.max(initial=-1) + 1, -1)
+    out, oldest = np.empty(len(items), np.int64), 0
+    clock = np.maximum.accumulate(times) if len(times) else times
+    for i, item in enumerate(number.tolist()):
+        while clock[oldest] < clock[i] - within_ms:
+            recent[number[oldest]] -= 1
+            oldest += 1
+        better = (recent > recent[item]) | ((recent == recent[item]) & (latest > latest[item]))
+        out[i] = np.count_nonzero(better)
+        recent[item] += 1
+        latest[item] = i
     return out

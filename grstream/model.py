@@ -5,6 +5,7 @@ Three faces of one computation, equal within 1e-5 in fp32: `forward` encodes who
 What a cache holds depends on tokens and times before, never on the time of the request.
 """
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
@@ -82,7 +83,20 @@ class Cache:
         ]
 
 
-class HSTU(nn.Module):
+class Model(nn.Module, abc.ABC):
+    """What a learner asks of a model besides outputs: what they say of actions, and of which items."""
+
+    @abc.abstractmethod
+    def action_logits(self, query: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def user_vectors(self, outputs: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def item_vectors(self, items: Tensor) -> Tensor: ...
+
+
+class HSTU(Model):
     """The encoder with its ranking and retrieval heads, for `actions` configured actions."""
 
     def __init__(self, config: "ModelConfig", actions: int) -> None:

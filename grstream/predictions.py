@@ -53,6 +53,19 @@ def read(directory: pathlib.Path) -> Predictions:
     return everything.where(last)
 
 
+def save(path: pathlib.Path, predictions: Predictions) -> None:
+    """As one Parquet file, which is complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    pq.write_table(_to_table(predictions), beside)
+    beside.rename(path)
+
+
+def load(path: pathlib.Path) -> Predictions:
+    """The inverse of `save`."""
+    return _from_table(pq.read_table(path))
+
+
 _PLAIN = ("users", "items", "times", "partitions", "offsets", "late", "ranks")
 _PER_ACTION = ("labels", "probabilities")
 

@@ -3,6 +3,9 @@
     python jobs/evaluate.py stream --config configs/ml-100k.yaml --action liked [--seeds 3]
     python jobs/evaluate.py ml-1m --data sequences.parquet [--config configs/ml-1m.yaml ...] [--seeds 3]
     python jobs/evaluate.py ml-100k --data u.data [--config configs/ml-100k-next.yaml ...] [--seeds 3]
+    python jobs/evaluate.py pass --data u.data --config configs/ml-100k.yaml --action liked \
+        [--models hstu transformer dlrm] [--seeds 3]
+    python jobs/evaluate.py staleness --data u.data --config configs/ml-100k.yaml --action liked [--seeds 3]
 
 `stream` trains on the topic's events up to now, in one pass from the beginning for each seed, and compares
 the prequential normalized entropy of an action over the second half with three running rates computed over
@@ -13,6 +16,9 @@ cut goes on.
 `ml-1m` and `ml-100k` train on MovieLens with each user's last two items held out, and rank these among all
 items (grstream.leave_one_out): a row of the table for each --config, beside the published ones. They need
 neither Ray nor a broker. A run's state is kept in <output>/<config>/seed-<n>; one that was cut goes on.
+
+`pass` trains models side by side in one pass over a data set's events, in this process, and `staleness` one
+model, as it would have served with weights of several ages. Both compare event by event, with intervals.
 """
 
 import argparse
@@ -33,7 +39,7 @@ from grstream.kafka import BrokerUnavailable, TopicMissing
 from grstream.predictions import read
 from grstream.train import LASTING, NotEnoughCpus, train
 from grstream.until import Until
-from jobs import leave_one_out
+from jobs import leave_one_out, one_pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     stream.add_argument("--seeds", type=int, default=3, help="passes over the stream, each with its own seed")
     stream.set_defaults(run=_stream)
     leave_one_out.add_commands(commands)
+    one_pass.add_commands(commands)
     return parser
 
 

@@ -53,7 +53,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
             help="a row of the table each (%(default)s)",
         )
         command.add_argument(
-            "--seeds", type=_seeds, default=[0, 1, 2], metavar="N", help="how many, or which: 3, or 0,4,5"
+            "--seeds", type=seeds, default=[0, 1, 2], metavar="N", help="how many, or which: 3, or 0,4,5"
         )
         command.add_argument("--output", default=f"var/{name}", metavar="DIRECTORY", help="of all runs")
         command.add_argument("--threads", type=int, metavar="N", help="of PyTorch; its own choice by default")
@@ -141,13 +141,14 @@ def _with_error(mean: float, error: float | None) -> str:
     return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"
 
 
-def _seeds(text: str) -> list[int]:
+def seeds(text: str) -> list[int]:
+    """`3`: how many; `0,4,5`: which."""
     try:
-        seeds = [int(part) for part in text.split(",") if part]
+        named = [int(part) for part in text.split(",") if part]
     except ValueError:
-        seeds = []
-    if len(seeds) == 1 and "," not in text:
-        seeds = list(range(seeds[0]))
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        named = []
+    if len(named) == 1 and "," not in text:
+        named = list(range(named[0]))
+    if not named or min(named) < 0 or len(set(named)) < len(named):
         raise argparse.ArgumentTypeError(f"{text!r}: say how many seeds, as 3, or which, as 0,4,5 or 7,")
-    return seeds
+    return named

@@ -4,9 +4,11 @@ import pathlib
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from grstream.evaluation import compare
-from grstream.metrics import Predictions
+from grstream.evaluation import compare, difference, measures
+from grstream.metrics import Predictions, entropy, gauc, log_loss, popularity_ranks
 from grstream.predictions import PredictionLog, read
 
 
@@ -62,3 +64,64 @@ def test_an_empty_log_says_how_to_get_one(tmp_path: pathlib.Path) -> None:
     PredictionLog(tmp_path, "run").flush()
     with pytest.raises(FileNotFoundError, match="log_predictions"):
         read(tmp_path)
+
+
+def test_a_better_model_is_ahead_by_the_difference_of_its_means_with_the_interval_clear_of_zero() -> None:
+    truth = stream(6_000)
+    noise = np.random.default_rng(1).normal(0, 0.15, truth.probabilities.shape)
+    worse = Predictions(
+        **{
+            **vars(truth),
+            "probabilities": np.clip(truth.probabilities + noise, 0.02, 0.98).astype(np.float32),
+        }
+    )
+    first, second = ([measures(p, 0)] for p in (truth, worse))
+    for figure, sign in (("ne", 1), ("gauc", -1)):
+        apart = difference([m[figure] for m in first], [m[figure] for m in second])
+        assert apart.mean == pytest.approx(second[0][figure].mean - first[0][figure].mean)
+        assert sign * apart.mean > 0
+        assert min(sign * x for x in apart.interval) > 0
+
+
+def test_the_figures_of_a_measure_are_those_that_are_known_by_other_means() -> None:
+    known = stream(2_000)
+    ranks = np.arange(2_000) % 40
+    ranks[::3] = -1  # not asked
+    found = measures(Predictions(**{**vars(known), "ranks": ranks}), 0)
+    later = slice(1_000, None)
+    labels, said = known.labels[later, 0], known.probabilities[later, 0]
+    assert found["ne"].mean == pytest.approx(log_loss(said, labels).mean() / entropy(labels.mean()))
+    assert found["gauc"].mean == pytest.approx(gauc(known.users[later], labels, said))
+    asked = ranks[later][ranks[later] >= 0]
+    assert found["hr@10"].mean == pytest.approx((asked < 10).mean())
+    assert found["mrr"].mean == pytest.approx((1 / (asked + 1)).mean())
+
+
+def test_the_spread_of_the_seeds_is_part_of_an_interval() -> None:
+    known = stream(2_000)
+    shifted = [
+        Predictions(**{**vars(known), "probabilities": np.clip(known.probabilities + by, 0.01, 0.99)})
+        for by in (-0.1, 0.0, 0.1)
+    ]
+    same, apart = ([measures(p, 0)["ne"] for p in of] for of in ([known] * 3, shifted))
+    alone = difference([measures(known, 0)["ne"]], [measures(known, 0)["ne"]])
+    assert (alone.mean, alone.error) == (0, 0)
+    assert difference(same, apart).error > np.std([m.mean for m in apart], ddof=1) / 3**0.5
+
+
+def test_measures_of_other_events_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="different events"):
+        difference([measures(stream(100), 0)["ne"]], [measures(stream(120), 0)["ne"]])
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), max_size=40), st.integers(1, 10))
+def test_popularity_is_counted_over_the_time_before(rows, within) -> None:
+    items = np.array([item for item, _ in rows], np.int64)
+    times = np.cumsum([step for _, step in rows], dtype=np.int64)
+    for i, rank in enumerate(popularity_ranks(items, times, within).tolist()):
+        before = [j for j in range(i) if times[j] >= times[i] - within]
+        counts = {x: sum(items[j] == x for j in before) for x in set(items.tolist())}
+        latest = {x: max((j for j in range(i) if items[j] == x), default=-1) for x in counts}
+        own = items[i]
+        better = [x for x in counts if (counts[x], latest[x]) > (counts[own], latest[own])]
+        assert rank == len(better)
