@@ -88,13 +88,13 @@ class Difference:
 HITS = (10, 50)
 
 
-def measures(predictions: Predictions, action: int, skip: float = 0.5) -> dict[str, Measure]:
-    """The figures of one action, and of retrieval, after the first `skip` of a stream in its order.
+def measures(predictions: Predictions, action: int) -> dict[str, Measure]:
+    """The figures of one action, and of retrieval, over the second half of a stream in its order.
 
     `ne`: normalized entropy; `gauc`; `hr@k` and `mrr` over the events whose item was ranked. Those of another
     model on the same stream have the same parts.
     """
-    later = predictions.where(np.arange(len(predictions)) >= int(len(predictions) * skip))
+    later = predictions.where(np.arange(len(predictions)) >= len(predictions) // 2)
     later = later.where(~later.late)
     labels, said = later.labels[:, action], later.probabilities[:, action]
     base = entropy(float(labels.mean())) or math.nan

@@ -305,7 +305,7 @@ class Learner:
         scores = users[:PROBES] @ table.T  # (P, items)
         at = self._tensor(np.minimum(np.searchsorted(items, rows), len(items) - 1))
         places = (scores > scores.gather(1, at[:, None])).sum(1).cpu().numpy()
-        out[:PROBES] = np.where(np.isin(rows, items), places, len(items))
+        out[:PROBES] = np.where(items[at.cpu().numpy()] == rows, places, len(items))
         return out
 
     def _learn(self, losses: torch.Tensor, table: torch.Tensor, used: npt.NDArray[np.int64]) -> None:

@@ -8,28 +8,21 @@ clocks, and a pass is the same whenever it is made.
 import collections
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from grstream.config import Config
-from grstream.events import ActionEvent, EventDecoder
+from grstream.events import ActionEvent, EventDecoder, InvalidEvent
 from grstream.histories import RollingHistories
-from grstream.learner import Learner, StepReport
+from grstream.learner import Learner
 from grstream.metrics import Predictions
 from grstream.microbatch import MicroBatch
-
-
-class Learns(Protocol):
-    """A `Learner`, or what stands beside one in a comparison."""
-
-    def step(self, batch: MicroBatch) -> StepReport: ...
 
 
 def micro_batches(events: Iterable[ActionEvent], config: Config) -> Iterator[MicroBatch]:
     """The events as one partition's micro-batches of `source.flush_events` each; offsets count them.
 
-    Raises InvalidEvent's reason as ValueError where one is not what the configuration allows.
+    Raises InvalidEvent where one is not what the configuration allows.
     """
     decoder = EventDecoder(config.events)
     histories = RollingHistories(config.histories, features=len(config.events.features))
@@ -39,14 +32,14 @@ def micro_batches(events: Iterable[ActionEvent], config: Config) -> Iterator[Mic
         decoded = decoder.decode(0, offsets, values, np.full(len(values), -1))
         if decoded.rejected:
             first = decoded.rejected[0]
-            raise ValueError(f"event {first.offset}: {first.field}: {first.reason}")
+            raise InvalidEvent(f"event {first.offset}: {first.reason}", first.field)
         histories.append(decoded.batch)
         offset += len(values)
         yield histories.pack()
 
 
 def learned(
-    batches: Iterable[MicroBatch], learner: Learns, show: Callable[[int], None] = lambda events: None
+    batches: Iterable[MicroBatch], learner: Learner, show: Callable[[int], None] = lambda events: None
 ) -> Predictions:
     """What was said of every event before it was learned from, in the order of the events."""
     said, events = [], 0

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -21,6 +20,7 @@ from grstream.config import Config, ConfigError, ModelConfig, load
 from grstream.datasets import Dataset, DatasetError
 from grstream.dlrm import DLRMLearner
 from grstream.evaluation import HITS, Difference, Measure, difference, measures
+from grstream.events import InvalidEvent
 from grstream.learner import Learner
 from grstream.metrics import Predictions, popularity_ranks, running_rates
 from grstream.one_pass import learned, micro_batches, stale
@@ -92,7 +92,7 @@ def _reporting(options: argparse.Namespace, command: Callable[[argparse.Namespac
         torch.set_num_threads(options.threads)
     try:
         command(options)
-    except (ConfigError, DatasetError, ValueError) as error:
+    except (ConfigError, DatasetError, InvalidEvent) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -119,19 +119,28 @@ class _Work:
         place = pathlib.Path(options.output) if options.output else config.storage / "pass"
         return cls(config, datasets.load(options.data, config), actions.index(options.action), place)
 
-    def once(self, name: str, config: Config, make: Callable[[Config], Predictions]) -> Predictions:
-        """The predictions of one pass: read if it was made before with this configuration, else made now."""
+    def made(self, name: str, config: Config) -> Predictions | None:
+        """The predictions of a pass that was made before with this configuration."""
+        path, said = self._files(name, config)
+        if path.exists() and said.exists() and said.read_text() == self._identity(config):
+            return predictions.load(path)
+        return None
+
+    def keep(self, name: str, config: Config, made: Predictions) -> Predictions:
+        """Have `made` find these."""
+        path, said = self._files(name, config)
+        predictions.save(path, made)
+        said.write_text(self._identity(config))
+        return made
+
+    def _files(self, name: str, config: Config) -> tuple[pathlib.Path, pathlib.Path]:
         path = self.place / name / f"seed-{config.train.seed}.parquet"
-        said = path.with_suffix(".json")
-        identity = json.dumps(
+        return path, path.with_suffix(".json")
+
+    def _identity(self, config: Config) -> str:
+        return json.dumps(
             {"data": self.data.name, "events": len(self.data), **config.model_dump(mode="json")}, indent=1
         )
-        if path.exists() and said.exists() and said.read_text() == identity:
-            return predictions.load(path)
-        made = make(config)
-        predictions.save(path, made)
-        said.write_text(identity)
-        return made
 
 
 def _seeded(config: Config, seed: int) -> Config:
@@ -146,7 +155,9 @@ def _compare(options: argparse.Namespace) -> None:
         rows[name] = []
         for seed in options.seeds:
             config = _configured(name, _seeded(work.config, seed))
-            said = work.once(name, config, functools.partial(_one_pass, work, name))
+            said = work.made(name, config)
+            if said is None:
+                said = work.keep(name, config, _one_pass(work, name, config))
             first = said if first is None else first
             rows[name].append(measures(said, work.action))
     assert first is not None
@@ -189,19 +200,16 @@ def _compare_ages(options: argparse.Namespace) -> None:
     rows: Rows = {_aged(age): [] for age in ages}
     for seed in options.seeds:
         config = _seeded(work.config, seed)
-        passes: dict[int, Predictions] = {}
+        names = {age: f"every-{options.every}-age-{age}" for age in ages}
+        passes = {age: said for age in ages if (said := work.made(names[age], config)) is not None}
+        if len(passes) < len(ages):
+            with _progress(f"seed {seed}", len(work.data)) as show:
+                batches = micro_batches(work.data.events(), config)
+                passes = stale(batches, Learner(config), options.every, ages, show)
+            for age, said in passes.items():
+                work.keep(names[age], config, said)
         for age in ages:
-
-            def one(config: Config, age: int = age, passes: dict[int, Predictions] = passes) -> Predictions:
-                if not passes:
-                    learner = Learner(config)
-                    batches = micro_batches(work.data.events(), config)
-                    with _progress(f"seed {config.train.seed}", len(work.data)) as show:
-                        passes.update(stale(batches, learner, options.every, ages, show))
-                return passes[age]
-
-            said = work.once(f"every-{options.every}-age-{age}", config, one)
-            rows[_aged(age)].append(measures(said, work.action))
+            rows[_aged(age)].append(measures(passes[age], work.action))
     _show(options, work, rows)
     if options.plot:
         _plot(options, {age: rows[_aged(age)] for age in ages})
