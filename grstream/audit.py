@@ -37,7 +37,8 @@ class PartitionAudit:
     partition: int
     start: int
     stop: int
-    gone: int  # offsets consumed that the log no longer has
+    gone: int  # offsets read that the log no longer has
+    lost: int  # offsets that the log lost before they were read
     missing: list[int]  # offsets before `stop` that the ledger lacks
     twice: list[int]  # offsets that the journals settle more than once
     unjournaled: list[int]  # offsets on which ledger and journals differ otherwise
@@ -96,6 +97,11 @@ def _audit(
     tp = kafka.TopicPartition(config.kafka.topic, partition)
     start = max(consumed[0][0], log.beginning_offsets([tp])[tp])
     stop = max(start, consumed[-1][1])
+    lost = sum(
+        r.stop - r.start
+        for r in checkpoint.ledger
+        if (r.partition, r.disposition) == (partition, Disposition.LOST)
+    )
     recorded = np.full(stop - start, UNRECORDED, np.int8)
     for r in checkpoint.ledger:
         if r.partition == partition:
@@ -114,7 +120,8 @@ def _audit(
         partition=partition,
         start=start,
         stop=stop,
-        gone=sum(min(b, start) - a for a, b in consumed if a < start),
+        gone=sum(min(b, start) - a for a, b in consumed if a < start) - lost,
+        lost=lost,
         missing=_offsets(recorded == UNRECORDED, start),
         twice=_offsets(times > 1, start),
         unjournaled=_offsets((times < 2) & (journaled != recorded), start),

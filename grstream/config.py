@@ -90,6 +90,11 @@ class SourceConfig(Section):
     flush_ms: int = pydantic.Field(500, ge=1, description="and the longest a new event waits for one")
     ahead_bytes: int = pydantic.Field(64 << 20, ge=1 << 20, description="micro-batches readers may be ahead")
     recycle_s: float = pydantic.Field(900, gt=0, description="seconds until a Ray Data execution is renewed")
+    on_gap: Literal["fail", "skip"] = pydantic.Field(
+        "fail",
+        description="where the log lost offsets before they were read: end with their number, or record them "
+        "as lost and read on",
+    )
 
 
 class ModelConfig(Section):

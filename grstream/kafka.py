@@ -24,6 +24,7 @@ FETCH_WAIT_MS = 50
 # the tens of milliseconds from log to trainer.
 LINGER_MS = 5
 BATCH_BYTES = 128 << 10
+METADATA_MS = 30_000  # a consumer knows of partitions that are added after so long at most
 # Headers must fit beside the value under a broker's usual limit of 1 MB a record.
 DEAD_LETTER_BYTES = 900_000
 
@@ -74,6 +75,7 @@ def consumer(config: KafkaConfig, max_poll_records: int = 2000) -> kafka.KafkaCo
             isolation_level="read_committed",
             allow_auto_create_topics=False,
             fetch_max_wait_ms=min(FETCH_WAIT_MS, config.request_timeout_ms - 1),
+            metadata_max_age_ms=METADATA_MS,
             max_poll_records=max_poll_records,
         )
 

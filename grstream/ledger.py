@@ -21,6 +21,7 @@ class Disposition(enum.IntEnum):
     DEAD_LETTER = 2
     TOMBSTONE = 3
     CONTROL = 4  # transaction markers, aborted records, and offsets that compaction removed
+    LOST = 5  # gone from the log before they were read, and passed over by `source.on_gap: skip`
 
 
 class OffsetRange(NamedTuple):

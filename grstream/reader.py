@@ -7,7 +7,9 @@ the position histories are only rebuilt, from the newest snapshot that is old en
 start; offsets beyond it that were consumed already, by ranks that ran ahead, change histories and are not
 emitted.
 
-A broker that goes away is waited for. A log that begins beyond the position has lost events: OffsetGap.
+A broker that goes away is waited for. A log that begins beyond the position has lost events: OffsetGap, or by
+`source.on_gap: skip` a warning and a range that is settled as lost. A partition that is added to the topic is
+read from its start by the reader whose it is.
 """
 
 import contextlib
@@ -61,7 +63,7 @@ class OffsetGap(RuntimeError):
         return (
             f"{self.lost} offsets of {self.topic}-{self.partition} are lost: the trainer has consumed up "
             f"to {self.position} and the log begins at {self.log_start}; lengthen the topic's retention, "
-            "and move the checkpoints away to begin anew from what is left"
+            "and set source.on_gap to skip to go on without them"
         )
 
 
@@ -134,6 +136,16 @@ class PartitionReader:
             self._settle(self.position, position, Disposition.CONTROL)
             self.position = position
 
+    def lose(self, log_start: int) -> int:
+        """Settle what lies before the log's start and was not consumed; how many offsets that is."""
+        lost = 0
+        for a, b in self._unconsumed(int(self._starts[0]) if len(self._starts) else self.position, log_start):
+            self.histories.settle(OffsetRange(self.partition, a, b, Disposition.LOST))
+            self.unpacked = True
+            lost += b - a
+        self.position = max(self.position, log_start)
+        return lost
+
     def _settle_jumps(self, offsets: npt.NDArray[np.int64]) -> None:
         expected = np.append(self.position, offsets[:-1] + 1)
         for at in np.flatnonzero(offsets != expected):
@@ -148,6 +160,14 @@ class PartitionReader:
 
     def _settle(self, start: int, stop: int, disposition: Disposition) -> bool:
         """Settle what of a range was not consumed before; whether anything was left."""
+        left = self._unconsumed(start, stop)
+        for a, b in left:
+            self.histories.settle(OffsetRange(self.partition, a, b, disposition))
+        self.unpacked |= bool(left)
+        return bool(left)
+
+    def _unconsumed(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """What of a range was not consumed before."""
         left: list[tuple[int, int]] = []
         for a, b in zip(self._starts.tolist(), self._stops.tolist(), strict=True):
             if a >= stop:
@@ -157,10 +177,7 @@ class PartitionReader:
             start = max(start, b)
         if start < stop:
             left.append((start, stop))
-        for a, b in left:
-            self.histories.settle(OffsetRange(self.partition, a, b, disposition))
-        self.unpacked |= bool(left)
-        return bool(left)
+        return left
 
 
 class LogReader:
@@ -170,6 +187,7 @@ class LogReader:
         self._config, self._reader, self._ledger, self._until = config, reader, ledger, until
         self._letters = DeadLetters(config.kafka)
         self._partitions: dict[int, PartitionReader] = {}
+        self._count = 0  # of the topic's partitions
         self._stops: dict[int, int] | None = None
         self._pending_since: float | None = None  # since the oldest thing that the next micro-batch holds
         self._read_ms = 0
@@ -183,7 +201,7 @@ class LogReader:
             open_clients.callback(log.close)
             if not self._open(log):
                 return
-            snapshots = Snapshooter(self._config, self._partitions, self._ledger)
+            snapshots = Snapshooter(self._config, self._ledger)
             heard = time.monotonic()
             self._find_bound(log)
             while time.monotonic() < ends and not self._bound_reached():
@@ -192,6 +210,7 @@ class LogReader:
                 elif time.monotonic() - heard > QUIET_S:
                     self._find_bound(log)
                     heard = time.monotonic()
+                self._add_partitions(log)
                 if self._due():
                     yield self._flush()
                     if snapshots.due():
@@ -205,13 +224,38 @@ class LogReader:
     def _open(self, log: kafka.KafkaConsumer) -> bool:
         """Assign this reader's partitions and rebuild their histories up to the position."""
         topic = self._config.kafka.topic
-        count = self._persistently(lambda: partition_count(self._config.kafka))
-        mine = list(range(self._reader, count, self._config.source.readers))
+        self._count = self._persistently(lambda: partition_count(self._config.kafka))
+        mine = self._mine()
         if not mine:
-            logger.warning("reader %d has nothing to read: %s has %d partitions", self._reader, topic, count)
+            logger.warning(
+                "reader %d has nothing to read: %s has %d partitions", self._reader, topic, self._count
+            )
             return False
-        assigned = {p: kafka.TopicPartition(topic, p) for p in mine}
-        log.assign(list(assigned.values()))
+        self._assign(log, mine)
+        return True
+
+    def _add_partitions(self, log: kafka.KafkaConsumer) -> None:
+        """Take on what the topic got meanwhile, unless where to stop is decided already."""
+        if self._stops is not None:
+            return
+        there = log.partitions_for_topic(self._config.kafka.topic)  # as of the client's newest metadata
+        if len(there) <= self._count:
+            return
+        logger.warning(
+            "%s went from %d to %d partitions: users have moved between them, and their histories begin anew",
+            *(self._config.kafka.topic, self._count, len(there)),
+        )
+        self._count = len(there)
+        self._assign(log, [p for p in self._mine() if p not in self._partitions])
+
+    def _mine(self) -> list[int]:
+        return list(range(self._reader, self._count, self._config.source.readers))
+
+    def _assign(self, log: kafka.KafkaConsumer, partitions: Sequence[int]) -> None:
+        """Read these partitions, too."""
+        topic = self._config.kafka.topic
+        assigned = {p: kafka.TopicPartition(topic, p) for p in partitions}
+        log.assign([*log.assignment(), *assigned.values()])
         begins = self._ask(lambda: log.beginning_offsets([*assigned.values()]))
         ends = self._ask(lambda: log.end_offsets([*assigned.values()]))
         for partition, tp in assigned.items():
@@ -220,15 +264,18 @@ class LogReader:
                 raise LogTruncated(topic, partition, consumed[-1][1], ends[tp])
             self._partitions[partition] = self._start(partition, begins[tp])
             log.seek(tp, self._partitions[partition].position)
-        return True
 
     def _start(self, partition: int, log_start: int) -> PartitionReader:
         consumed = self._ledger.consumed(partition)
         watermark = consumed[0][1] if consumed else log_start
-        if log_start > watermark:
-            self._refuse_gap(partition, consumed, log_start)
         files = SnapshotFiles(self._config, partition)
-        found = files.restore(at_least=log_start, at_most=watermark) if consumed else None
+        if log_start > watermark:
+            lost = self._gap(partition, consumed, log_start)
+            if lost is not None and self._config.source.on_gap == "fail":
+                raise lost
+            found = files.restore(at_least=0, at_most=log_start)  # all that is left of what was before
+        else:
+            found = files.restore(at_least=log_start, at_most=watermark) if consumed else None
         if found:
             histories, position = found
         else:
@@ -242,13 +289,25 @@ class LogReader:
                     *(partition, watermark, log_start, log_start - consumed[0][0]),
                 )
         logger.info("partition %d: histories from %d, emitting from %d", partition, position, watermark)
-        return PartitionReader(self._config, partition, consumed, histories, position)
+        reader = PartitionReader(self._config, partition, consumed, histories, position)
+        if log_start > watermark:
+            self._lose(reader, log_start)
+        return reader
 
-    def _refuse_gap(self, partition: int, consumed: Sequence[tuple[int, int]], log_start: int) -> None:
+    def _gap(self, partition: int, consumed: Sequence[tuple[int, int]], log_start: int) -> OffsetGap | None:
         held = sum(min(stop, log_start) - start for start, stop in consumed if start < log_start)
         lost = log_start - consumed[0][0] - held
+        return (
+            OffsetGap(self._config.kafka.topic, partition, consumed[0][1], log_start, lost) if lost else None
+        )
+
+    def _lose(self, reader: PartitionReader, log_start: int) -> None:
+        lost = reader.lose(log_start)
         if lost:
-            raise OffsetGap(self._config.kafka.topic, partition, consumed[0][1], log_start, lost)
+            logger.warning(
+                "%d offsets of %s-%d are lost: its log begins at %d; they are recorded so and passed over",
+                *(lost, self._config.kafka.topic, reader.partition, log_start),
+            )
 
     # -- following ----------------------------------------------------------------------------------------
 
@@ -264,7 +323,8 @@ class LogReader:
                 timeout_ms=int(wait_s * 1000), max_records=max(room, min(replay, REPLAY_RECORDS))
             )
         except kafka.errors.OffsetOutOfRangeError as error:
-            raise self._out_of_range(log) from error
+            self._pass_over_gaps(log, error)
+            fetched = {}
         if self._stops is None and self._until is not None and self._until.has_come():
             self._find_bound(log)  # before anything later than it is taken
         letters: list[Letter] = []
@@ -362,17 +422,26 @@ class LogReader:
                 logger.warning("the broker is back after %.0f s", time.monotonic() - since)
             return result
 
-    def _out_of_range(self, log: kafka.KafkaConsumer) -> OffsetGap | LogTruncated:
-        """The error that says how a position came to lie outside the log."""
+    def _pass_over_gaps(self, log: kafka.KafkaConsumer, error: kafka.errors.OffsetOutOfRangeError) -> None:
+        """Read on where positions have come to lie before the log. Raises OffsetGap or LogTruncated."""
+        within = True
         for partition, reader in self._partitions.items():
             tp = kafka.TopicPartition(self._config.kafka.topic, partition)
             start = self._ask(lambda tp=tp: log.beginning_offsets([tp])[tp])  # type: ignore[misc]
             if start > reader.position:
-                return OffsetGap(tp.topic, partition, reader.position, start, start - reader.position)
+                if self._config.source.on_gap == "fail":
+                    lost = start - reader.position
+                    raise OffsetGap(tp.topic, partition, reader.position, start, lost) from error
+                self._lose(reader, start)
+                log.seek(tp, start)
+                within = False
             end = self._ask(lambda tp=tp: log.end_offsets([tp])[tp])  # type: ignore[misc]
             if end < reader.position:
-                return LogTruncated(tp.topic, partition, reader.position, end)
-        raise RuntimeError("the broker says that a position is out of range, and every position is within it")
+                raise LogTruncated(tp.topic, partition, reader.position, end) from error
+        if within:
+            raise RuntimeError(
+                "the broker says that a position is out of range, and every position is within it"
+            ) from error
 
 
 def joined(batches: Sequence[MicroBatch]) -> MicroBatch:

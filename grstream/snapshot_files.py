@@ -79,9 +79,8 @@ class SnapshotFiles:
 class Snapshooter:
     """Writes the snapshots of a reader's partitions every so often, and deletes what no resume will need."""
 
-    def __init__(self, config: Config, partitions: Iterable[int], position: Ledger) -> None:
-        self._files = {p: SnapshotFiles(config, p) for p in partitions}
-        self._position = position
+    def __init__(self, config: Config, position: Ledger) -> None:
+        self._config, self._position = config, position
         self._every_s = config.train.checkpoint_every_s
         self._next = time.monotonic() + self._every_s
 
@@ -92,7 +91,7 @@ class Snapshooter:
         """Write one snapshot each of these partitions' histories as of these offsets."""
         began = time.monotonic()
         for partition, histories, offset in states:
-            files = self._files[partition]
+            files = SnapshotFiles(self._config, partition)
             files.write(histories, offset)
             files.prune(self._position.watermark(partition) or 0)
         ended = time.monotonic()

@@ -2,8 +2,8 @@
 
 It reads as the trainer's readers do and folds with the same `RollingHistories` (law 3), but writes nothing;
 dead letters are the trainer's to send. It begins at the newest snapshot that the readers left, else at the
-log's start, reads on through a broker that goes away and comes back, and never passes over lost offsets in
-silence: they are logged and counted.
+log's start, reads on through a broker that goes away and comes back, takes on partitions that the topic gets,
+and never passes over lost offsets in silence: they are logged and counted.
 """
 
 import contextlib
@@ -134,9 +134,9 @@ class HistoryTail:
         """A consumer at the positions of this tail's partitions."""
         count = partition_count(self._config.kafka)
         if self._count is not None and count != self._count:
-            logger.error(
-                "topic %s went from %d to %d partitions: users have moved between them, and their histories "
-                "with them only in part; start the application again",
+            logger.warning(
+                "%s went from %d to %d partitions: users have moved between them, and their histories begin "
+                "anew",
                 *(self._config.kafka.topic, self._count, count),
             )
         with contextlib.closing(consumer(self._config.kafka)) as log:
@@ -181,9 +181,14 @@ class HistoryTail:
             held.position = begin
 
     def _follow(self, log: kafka.KafkaConsumer) -> None:
-        """Fold records in until told to stop. Raises what the client raises, a lost range among them."""
+        """Fold records in until told to stop, or there are more partitions.
+
+        Raises what the client raises, a lost range among them.
+        """
         probed = time.monotonic()
         while not self._stopping.is_set():
+            if len(log.partitions_for_topic(self._config.kafka.topic)) > (self._count or 0):
+                return
             with reaching(self._config.kafka):
                 fetched = log.poll(timeout_ms=POLL_MS)
                 for tp in log.assignment():

@@ -38,7 +38,9 @@ def show(found: Audit) -> None:
     print(f"{found.missing:>12,}  missing\n{found.twice:>12,}  twice\n{found.wrong:>12,}  otherwise wrong")
     for p in found.partitions:
         if p.gone:
-            print(f"partition {p.partition}: {p.gone:,} consumed offsets are no longer in the log")
+            print(f"partition {p.partition}: {p.gone:,} offsets that were read are no longer in the log")
+        if p.lost:
+            print(f"partition {p.partition}: {p.lost:,} offsets left the log before they were read")
         for what, offsets in (
             ("missing", p.missing),
             ("twice", p.twice),

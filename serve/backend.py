@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 
 from ray.exceptions import (
@@ -34,6 +35,7 @@ from serve.schemas import Appended, ReadyAnswer, ShardState
 from serve.writer import ActionWriter
 
 WRITERS = 16  # posts that wait for acknowledgements at once, each a few milliseconds
+PARTITIONS_S = 10.0  # between questions for the number of partitions
 # What Ray and Serve raise where a replica has died, is starting, or is not to be had.
 AWAY = (
     RayActorError,
@@ -52,6 +54,7 @@ class RayBackend:
     def __init__(self, config: Config, scorers: DeploymentHandle, shards: Sequence[DeploymentHandle]) -> None:
         self._scorers, self._shards = scorers, shards
         self._partitions: int | None = None  # of the topic
+        self._ask_again = 0.0
         self._queue = config.serve.queue
         self._posting = 0
         self._writer = ActionWriter(config)
@@ -121,12 +124,13 @@ class RayBackend:
         return ReadyAnswer(ready=reason is None, reason=reason, version=version, shards=shards)
 
     async def _partition_count(self) -> int:
-        """Of the topic: asked once, since users would move between partitions if it changed."""
-        if self._partitions is None:
+        """Of the topic, as a shard knew it a little while ago: it rarely changes, and only grows."""
+        if self._partitions is None or time.monotonic() >= self._ask_again:
             status = await self._status(0)
             if status.partitions is None:
                 raise Unavailable("not_ready", status.reason or "the log has not been reached yet")
             self._partitions = status.partitions
+            self._ask_again = time.monotonic() + PARTITIONS_S
         return self._partitions
 
     async def _status(self, shard: int) -> TailStatus:

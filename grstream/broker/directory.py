@@ -70,12 +70,7 @@ class Directory:
             )
         if topic in self.topics:
             raise Refused(errors.TopicAlreadyExistsError, f"topic {topic!r} exists")
-        held = sum(map(len, self.topics.values()))
-        if not 1 <= partitions <= MAX_PARTITIONS - held:
-            raise Refused(
-                errors.InvalidPartitionsError,
-                f"{partitions} partitions; this broker holds 1 to {MAX_PARTITIONS} in all, {held} now",
-            )
+        self._check_room(partitions)
 
     def create(self, topic: str, partitions: int) -> None:
         self.check_new(topic, partitions)
@@ -85,6 +80,25 @@ class Directory:
             (scratch / f"{index}.log").touch()
         folder = scratch.rename(self._topics_path / topic)
         self.topics[topic] = _open_partitions(folder)
+
+    def check_more(self, topic: str, partitions: int) -> None:
+        """Refused if the topic cannot have so many partitions from now on."""
+        self.partition(topic, 0)  # refuses an unknown topic
+        held = len(self.topics[topic])
+        if partitions <= held:
+            raise Refused(
+                errors.InvalidPartitionsError, f"topic {topic!r} has {held} partitions, and can only get more"
+            )
+        self._check_room(partitions - held)
+
+    def extend(self, topic: str, partitions: int) -> None:
+        """Add partitions, one by one: a kill leaves those that were added."""
+        self.check_more(topic, partitions)
+        held = self.topics[topic]
+        while len(held) < partitions:
+            file = self._topics_path / topic / f"{len(held)}.log"
+            file.touch()
+            held.append(PartitionLog(file))
 
     def delete(self, topic: str) -> None:
         if topic not in self.topics:
@@ -101,6 +115,14 @@ class Directory:
                 partition.close()
         self.offsets.close()
         os.close(self._lock)
+
+    def _check_room(self, partitions: int) -> None:
+        held = sum(map(len, self.topics.values()))
+        if not 1 <= partitions <= MAX_PARTITIONS - held:
+            raise Refused(
+                errors.InvalidPartitionsError,
+                f"{partitions} partitions; this broker holds 1 to {MAX_PARTITIONS} in all, {held} now",
+            )
 
     def _scratch(self) -> pathlib.Path:
         return self._topics_path / f"{_SCRATCH}{uuid.uuid4().hex}"

@@ -2,6 +2,8 @@
 
 from kafka import errors
 from kafka.protocol.admin import (
+    CreatePartitionsRequest,
+    CreatePartitionsResponse,
     CreateTopicsRequest,
     CreateTopicsResponse,
     DeleteTopicsRequest,
@@ -45,6 +47,7 @@ class TopicsApi:
             Served(MetadataRequest, 0, 7, self.metadata),
             Served(CreateTopicsRequest, 2, 4, self.create_topics),
             Served(DeleteTopicsRequest, 1, 3, self.delete_topics),
+            Served(CreatePartitionsRequest, 0, 1, self.create_partitions),
             Served(DescribeConfigsRequest, 1, 2, self.describe_configs),
         ]
 
@@ -89,6 +92,21 @@ class TopicsApi:
                 answer.error_code = refused.code
             answers.append(answer)
         return DeleteTopicsResponse(responses=answers)
+
+    async def create_partitions(self, request: Message, caller: Caller) -> Message:
+        answers = []
+        for topic in request.topics:
+            answer = CreatePartitionsResponse.CreatePartitionsTopicResult(name=topic.name, error_message=None)
+            try:
+                if topic.assignments:
+                    raise Refused(errors.InvalidReplicationAssignmentError, "there is one node to assign")
+                self._directory.check_more(topic.name, topic.count)
+                if not request.validate_only:
+                    self._directory.extend(topic.name, topic.count)
+            except Refused as refused:
+                answer.error_code, answer.error_message = refused.code, refused.reason
+            answers.append(answer)
+        return CreatePartitionsResponse(results=answers)
 
     async def describe_configs(self, request: Message, caller: Caller) -> Message:
         answers = []

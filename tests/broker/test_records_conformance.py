@@ -12,6 +12,7 @@ import pytest
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import ConfigResource
 from kafka.errors import (
+    InvalidPartitionsError,
     KafkaError,
     MessageSizeTooLargeError,
     OffsetOutOfRangeError,
@@ -252,6 +253,16 @@ def test_topics_are_created_described_and_deleted(admin, make_topic):
     _eventually(lambda: topic not in admin.list_topics())
     with pytest.raises(UnknownTopicOrPartitionError):
         admin.delete_topics([topic])
+
+
+def test_a_topic_gets_more_partitions_and_never_fewer(admin, make_topic):
+    topic = make_topic(1)
+    admin.create_partitions({topic: 3})
+    _eventually(lambda: len(admin.describe_topics([topic])[0]["partitions"]) == 3)
+    with pytest.raises(InvalidPartitionsError):
+        admin.create_partitions({topic: 2})
+    with pytest.raises(UnknownTopicOrPartitionError):
+        admin.create_partitions({"no-such-topic": 2})
 
 
 def test_librdkafka_administers_topics_too(kafka_bootstrap, admin):

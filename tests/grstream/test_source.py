@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import hypothesis
 import hypothesis.strategies as st
 import kafka
+import kafka.admin
 import numpy as np
 import pytest
 
 from grstream import config as configs
 from grstream.histories import RollingHistories
-from grstream.kafka import TopicMissing, create_topic, producer
+from grstream.kafka import TopicMissing, create_topic, partition_count, producer
 from grstream.keys import partition_key
 from grstream.ledger import Disposition, Ledger, OffsetRange
 from grstream.microbatch import MicroBatch, Role
@@ -307,6 +308,90 @@ def test_a_log_that_begins_beyond_the_position_is_an_error_with_the_size_of_the_
             Until(offsets={0: 30}),
         )
     assert (caught.value.position, caught.value.log_start, caught.value.lost) == (5, 20, 12)
+
+
+def delete_before(config: configs.Config, offset: int) -> None:
+    with kafka.admin.KafkaAdminClient(bootstrap_servers=config.kafka.bootstrap_servers) as admin:
+        admin.delete_records({kafka.TopicPartition(config.kafka.topic, 0): offset})
+
+
+def skipping(config: configs.Config) -> configs.Config:
+    return config.model_copy(update={"source": config.source.model_copy(update={"on_gap": "skip"})})
+
+
+def test_a_gap_may_be_passed_over_and_is_settled_as_lost(
+    config: configs.Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    create_topic(config.kafka, 1)
+    send(config, events(30))
+    delete_before(config, 20)
+    before = Ledger([OffsetRange(0, a, b, Disposition.TRAINED) for a, b in ((0, 5), (7, 10))])
+    ledger = Ledger([*before, *ledger_of(read(skipping(config), before))])
+    assert "12 offsets" in caplog.text
+    assert "are lost" in caplog.text
+    assert [r for r in ledger if r.disposition == Disposition.LOST] == [
+        OffsetRange(0, 5, 7, Disposition.LOST),
+        OffsetRange(0, 10, 20, Disposition.LOST),
+    ]
+    assert ledger.consumed(0) == [(0, 30)]
+
+
+@pytest.mark.parametrize("on_gap", ["fail", "skip"])
+def test_a_gap_that_opens_before_a_running_reader(config: configs.Config, on_gap: str) -> None:
+    create_topic(config.kafka, 1)
+    send(config, events(5))
+    running = skipping(config) if on_gap == "skip" else config
+    batches: Iterator[MicroBatch] = LogReader(running, 0, Ledger(), None).batches()
+    first = next(batches)
+    time.sleep(0.5)  # the fetch that is under way comes back empty
+    send(config, events(20))
+    delete_before(config, 15)
+    if on_gap == "fail":
+        with pytest.raises(OffsetGap, match="10 offsets"):
+            next(batches)
+        return
+    rest: list[MicroBatch] = []
+    while sum(batch.new_events for batch in rest) < 10:
+        rest.append(next(batches))
+    batches.close()  # type: ignore[attr-defined]
+    ledger = ledger_of([first, *rest])
+    assert ledger.consumed(0) == [(0, 25)]
+    assert ledger.count(Disposition.LOST) == 10
+
+
+@hypothesis.given(st.sets(st.integers(0, 40)), st.integers(0, 50))
+def test_what_was_lost_is_just_what_was_not_consumed_before_the_log_s_start(
+    before: set[int], log_start: int
+) -> None:
+    consumed = Ledger(OffsetRange(0, o, o + 1, Disposition.TRAINED) for o in before)
+    config = make_config(pathlib.Path("unused"))
+    histories = RollingHistories(config.histories, features=0, partition=0)
+    reader = PartitionReader(config, 0, consumed.consumed(0), histories, min(before, default=0))
+    lost = reader.lose(log_start)
+    settled = {o for r in reader.pack(0).ranges for o in range(r.start, r.stop)}
+    assert settled == set(range(min(before, default=0), log_start)) - before
+    assert len(settled) == lost
+
+
+def test_a_partition_that_is_added_is_read_from_its_start(
+    config: configs.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grstream.kafka.METADATA_MS", 300)
+    create_topic(config.kafka, 1)
+    send(config, events(10))
+    batches: Iterator[MicroBatch] = LogReader(config, 0, Ledger(), None).batches()
+    seen = [next(batches)]
+    with kafka.admin.KafkaAdminClient(bootstrap_servers=config.kafka.bootstrap_servers) as admin:
+        admin.create_partitions({config.kafka.topic: 3})
+    while partition_count(config.kafka) < 3:
+        time.sleep(0.1)
+    send(config, events(30, users=20))
+    while sum(batch.new_events for batch in seen) < 40:
+        seen.append(next(batches))
+    batches.close()  # type: ignore[attr-defined]
+    ledger = ledger_of(seen)
+    assert {p: ledger.watermark(p) for p in ledger.partitions()} == end_offsets(config)
+    assert len(ledger.partitions()) == 3
 
 
 def test_a_log_that_ends_before_the_position_is_not_the_log_that_was_read(config: configs.Config) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import kafka
+import kafka.admin
 import numpy as np
 import pytest
 
@@ -164,6 +165,27 @@ def test_a_tail_that_begins_at_a_snapshot_holds_what_one_from_the_start_of_the_l
             np.testing.assert_array_equal(held.items, truth.history(key).items)
             assert held.epoch == truth.history(key).epoch
     assert "histories from 60" in caplog.text
+
+
+def test_a_partition_that_the_topic_gets_is_followed(
+    kafka_bootstrap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grstream.kafka.METADATA_MS", 300)
+    config = config_for(kafka_bootstrap)
+    create_topic(config.kafka, 1)
+    users: list[Id] = list(range(20))
+    post(config, [event(user, 1, 1000) for user in users])
+    with tailing(config) as tail:
+        eventually(lambda: tail.status().caught_up)
+        with kafka.admin.KafkaAdminClient(bootstrap_servers=config.kafka.bootstrap_servers) as admin:
+            admin.create_partitions({config.kafka.topic: 3})
+        eventually(lambda: tail.status().partitions == 3)
+        post(config, [event(user, 2, 2000) for user in users])
+        eventually(lambda: tail.status().positions == log_ends(config, 3))
+        stayed = [user for user in users if partition_of(user, 3) == 0]
+        assert 0 < len(stayed) < len(users)
+        for user in users:
+            assert length(tail, user, 3) == (2 if user in stayed else 1)
 
 
 def test_bytes_that_are_no_event_are_counted_and_passed_over(kafka_bootstrap: str) -> None:
