@@ -39,6 +39,7 @@ class BoardActor:
         self._position = Ledger().to_table()
         self._progress: Progress | None = None
         self._failure: Exception | None = None
+        self._reverts: dict[int, int] = {}  # checkpoint -> times
 
     async def stop(self) -> None:
         self._stop.set()
@@ -60,6 +61,10 @@ class BoardActor:
 
     async def fail(self, error: Exception) -> None:
         self._failure = error
+
+    async def reverted(self, checkpoint: int) -> int:
+        self._reverts[checkpoint] = self._reverts.get(checkpoint, 0) + 1
+        return self._reverts[checkpoint]
 
     async def failure(self) -> Exception | None:
         return self._failure
@@ -99,6 +104,10 @@ class Board:
     def fail(self, error: Exception) -> None:
         """State an error that starting again will not cure."""
         ray.get(self._actor.fail.remote(error))
+
+    def reverted(self, checkpoint: int) -> int:
+        """State that training goes back to a checkpoint because of what came of it; how often it has."""
+        return ray.get(self._actor.reverted.remote(checkpoint))
 
     def failure(self) -> Exception | None:
         return ray.get(self._actor.failure.remote())

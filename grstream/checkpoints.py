@@ -136,9 +136,7 @@ class CheckpointStore:
                 raise CorruptCheckpoint(number, name, f"cannot be read: {error}") from error
             if found != digest:
                 raise CorruptCheckpoint(number, name, "does not match its SHA-256")
-        with pa.OSFile(str(directory / LEDGER), "rb") as source:
-            table = pa.ipc.open_file(source).read_all()
-        return Checkpoint(directory, record, Ledger.from_table(table))
+        return Checkpoint(directory, record, _read_ledger(directory))
 
     def newest(self) -> Checkpoint | None:
         """The newest good checkpoint, or None. A corrupt one is reported and passed over."""
@@ -151,6 +149,18 @@ class CheckpointStore:
                 logger.info("checkpoint %d was pruned while it was being read", number)
         return None
 
+    def oldest_ledger(self) -> Ledger | None:
+        """What the oldest checkpoint has consumed, from which a trainer may yet have to go on.
+
+        None where there is no checkpoint. Only the ledger is read, and it is not verified.
+        """
+        for number in self.numbers():
+            try:
+                return _read_ledger(self._path(number))
+            except FileNotFoundError:  # pruned since it was listed
+                continue
+        return None
+
     def prune(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints and what dead writers left."""
         for number in self.numbers()[:-keep]:
@@ -159,6 +169,11 @@ class CheckpointStore:
 
     def _path(self, number: int) -> pathlib.Path:
         return self._directory / f"c{number:010d}"
+
+
+def _read_ledger(directory: pathlib.Path) -> Ledger:
+    with pa.OSFile(str(directory / LEDGER), "rb") as source:
+        return Ledger.from_table(pa.ipc.open_file(source).read_all())
 
 
 def _digest(path: pathlib.Path) -> str:

@@ -179,6 +179,16 @@ class TrainConfig(Section):
     max_restarts: int = pydantic.Field(-1, ge=-1, description="of the worker group; -1: no limit")
     keep_versions: int = pydantic.Field(5, ge=2)
     recent_events: int = pydantic.Field(20_000, ge=1, description="events that the recent figures are over")
+    max_entropy_jump: float | None = pydantic.Field(
+        0.5,
+        gt=0,
+        description="while the normalized entropy of the newest tenth of the recent events is so much above "
+        "that of the recent ones, weights are neither published nor saved; null: never judged",
+    )
+    bad_steps: int = pydantic.Field(
+        50, ge=1, description="so many in a row send training back to the newest checkpoint"
+    )
+    max_reverts: int = pydantic.Field(3, ge=0, description="to one checkpoint; beyond, the job ends")
     seed: int = 0
 
 

@@ -24,8 +24,9 @@ from grstream.retrieval import expected_counts, full_softmax, sampled_softmax
 from grstream.stochastic_length import kept_events
 from grstream.tokens import Events, changed_context, context_before, training_tokens
 from grstream.vocabulary import Vocabulary, VocabularyState
-from grstream.weights import Weights
+from grstream.weights import NonFiniteWeights, Weights
 
+LEARNER = "learner.pt"  # a checkpoint's file
 RETRIEVAL_TEMPERATURE = 0.05
 GRADIENT_NORM = 1.0  # dense gradients are clipped here: one odd batch must not throw the model off
 PROBES = 64  # new events a step whose item is ranked among all items, which costs a pass over the table
@@ -332,21 +333,23 @@ class Learner:
 
     # -- state ------------------------------------------------------------------------------------------
 
-    def save(self, directory: pathlib.Path) -> None:
-        """Write everything but the position in the stream into an existing directory."""
-        vocabulary = dataclasses.asdict(self.vocabulary.state())
-        state = {
-            "steps": self.steps,
-            "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "vocabulary": vocabulary,
-            "metrics": self.metrics.state(),
-        }
-        torch.save(_to_tensors(state), directory / "learner.pt")
+    def state(self) -> "LearnerState":
+        """A copy of everything but the position in the stream, which later steps do not touch."""
+        return LearnerState(
+            _copied(
+                {
+                    "steps": self.steps,
+                    "model": self.model.state_dict(),
+                    "optimizer": self._optimizer.state_dict(),
+                    "vocabulary": dataclasses.asdict(self.vocabulary.state()),
+                    "metrics": self.metrics.state(),
+                }
+            )
+        )
 
     def load(self, directory: pathlib.Path) -> None:
-        """Become what `save` wrote, on this and every other rank."""
-        state = _to_arrays(torch.load(directory / "learner.pt", map_location="cpu", weights_only=True))
+        """Become what a state's `save` wrote, on this and every other rank."""
+        state = _to_arrays(torch.load(directory / LEARNER, map_location="cpu", weights_only=True))
         held = state["vocabulary"]
         # Checkpoints of before rows had a budget do not say when they were used.
         held.setdefault("used", np.zeros(len(held["keys"]), np.int64))
@@ -360,6 +363,23 @@ class Learner:
             self.config.train.vocabulary_rows,
         )
         self.metrics.load(state["metrics"])
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerState:
+    """A learner as it was after a step, to be written while it goes on."""
+
+    held: dict[str, Any]
+
+    def save(self, directory: pathlib.Path) -> None:
+        """Write it into an existing directory. Raises NonFiniteWeights: nobody could go on from those."""
+        arrays = {**self.held["model"], "the embedding rows": self.held["vocabulary"]["rows"]}
+        bad = next((name for name, array in arrays.items() if not torch.isfinite(array).all()), None)
+        if bad is not None:
+            raise NonFiniteWeights(
+                f"the weights of step {self.held['steps']} are not saved: {bad} is not finite"
+            )
+        torch.save(self.held, directory / LEARNER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,6 +421,17 @@ def _optimizer(model: Model, config: TrainConfig) -> torch.optim.AdamW:
         {"params": tables, "lr": config.bias_learning_rate, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups)
+
+
+def _copied(value: Any) -> Any:
+    """Tensors as copies in main memory, and arrays, which are copies already, as tensors."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(v) for v in value)
+    return _to_tensors(value)
 
 
 def _to_tensors(value: Any) -> Any:

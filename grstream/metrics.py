@@ -133,9 +133,13 @@ class StreamMetrics:
             out[f"hr@{self._hit_at}"] = float((recent.ranks[asked] < self._hit_at).mean())
         return out
 
+    def recent(self) -> Predictions | None:
+        """What was said of the recent events, in stream order; None before the first."""
+        return Predictions.concat(list(self._window)) if self._window else None
+
     def state(self) -> dict[str, object]:
         """What a checkpoint keeps: the totals, and the window as arrays."""
-        window = Predictions.concat(list(self._window)) if self._window else None
+        window = self.recent()
         return {
             "events": self.events,
             "late": self.late,

@@ -201,7 +201,7 @@ class LogReader:
             open_clients.callback(log.close)
             if not self._open(log):
                 return
-            snapshots = Snapshooter(self._config, self._ledger)
+            snapshots = Snapshooter(self._config)
             heard = time.monotonic()
             self._find_bound(log)
             while time.monotonic() < ends and not self._bound_reached():

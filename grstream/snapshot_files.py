@@ -5,6 +5,7 @@
 with one: histories are a pure fold over the log, and without a snapshot they are folded again from its start.
 """
 
+import bisect
 import logging
 import os
 import pathlib
@@ -12,15 +13,15 @@ import re
 import time
 from collections.abc import Iterable
 
+from grstream.checkpoints import CheckpointStore
 from grstream.config import Config
 from grstream.histories import RollingHistories
-from grstream.ledger import Ledger
 from grstream.snapshots import SnapshotError
 
 logger = logging.getLogger(__name__)
 
 SHARE = 0.05  # of a reader's time, at most, goes into snapshots
-KEPT = 4  # beside the one that the position needs: readers run a little ahead of the trainer's checkpoints
+KEPT = 4  # at least: a damaged one must not cost a reading of the whole log
 _FILE = re.compile(r"o(\d{20})\.arrow")
 
 
@@ -65,12 +66,11 @@ class SnapshotFiles:
             histories.snapshot(self._path(offset), offset)
 
     def prune(self, base: int) -> None:
-        """Keep the newest one at or before `base`, from which a resume may start, and the newest few."""
+        """Keep those from which a resume at `base` or later may start, and the newest few."""
         offsets = self.offsets()
-        wanted = {*[o for o in offsets if o <= base][-1:], *offsets[-KEPT:]}
-        for offset in offsets:
-            if offset not in wanted:
-                self._path(offset).unlink(missing_ok=True)
+        first = max(0, min(bisect.bisect_right(offsets, base) - 1, len(offsets) - KEPT))
+        for offset in offsets[:first]:
+            self._path(offset).unlink(missing_ok=True)
 
     def _path(self, offset: int) -> pathlib.Path:
         return self._directory / f"o{offset:020d}.arrow"
@@ -79,8 +79,8 @@ class SnapshotFiles:
 class Snapshooter:
     """Writes the snapshots of a reader's partitions every so often, and deletes what no resume will need."""
 
-    def __init__(self, config: Config, position: Ledger) -> None:
-        self._config, self._position = config, position
+    def __init__(self, config: Config) -> None:
+        self._config, self._checkpoints = config, CheckpointStore(config.storage / "checkpoints")
         self._every_s = config.train.checkpoint_every_s
         self._next = time.monotonic() + self._every_s
 
@@ -90,9 +90,10 @@ class Snapshooter:
     def write(self, states: Iterable[tuple[int, RollingHistories, int]]) -> None:
         """Write one snapshot each of these partitions' histories as of these offsets."""
         began = time.monotonic()
+        needed = self._checkpoints.oldest_ledger()
         for partition, histories, offset in states:
             files = SnapshotFiles(self._config, partition)
             files.write(histories, offset)
-            files.prune(self._position.watermark(partition) or 0)
+            files.prune((needed.watermark(partition) if needed else None) or 0)
         ended = time.monotonic()
         self._next = ended + max(self._every_s, (ended - began) / SHARE)

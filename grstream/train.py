@@ -1,8 +1,9 @@
 """A streaming training job: what its driver does. The ranks' own loop is `grstream.trainer`.
 
 Ray Train starts the worker group, gives each rank its split of `ActionSource` and starts the group again
-when a worker or a reader dies: the ranks then go on from the newest checkpoint. What starting again will
-not cure (lost offsets, a missing topic, readers without a slot) ends the job with its own error instead.
+when a worker or a reader dies, or the weights go bad: the ranks then go on from the newest checkpoint. What
+starting again will not cure (lost offsets, a missing topic, readers without a slot, weights that went bad
+from there before) ends the job with its own error instead.
 """
 
 import concurrent.futures
@@ -23,18 +24,16 @@ from grstream.board import Board, Progress
 from grstream.config import Config
 from grstream.journal import new_run
 from grstream.kafka import TopicMissing, partition_count
-from grstream.learner import NonFiniteLoss
 from grstream.ranks import Ranks
 from grstream.reader import LogTruncated, OffsetGap
 from grstream.source import ReadersNotStarted, StreamSplit, actions
-from grstream.trainer import Trainer
+from grstream.trainer import BAD_WEIGHTS, Trainer
 from grstream.until import Until
-from grstream.weights import NonFiniteWeights
 
 logger = logging.getLogger(__name__)
 
-# Errors that would only come again.
-LASTING = (OffsetGap, LogTruncated, TopicMissing, ReadersNotStarted, NonFiniteLoss, NonFiniteWeights)
+# Errors that would only come again, the last ones after `train.max_reverts`.
+LASTING = (OffsetGap, LogTruncated, TopicMissing, ReadersNotStarted, *BAD_WEIGHTS)
 WATCH_S = 0.25  # how often the driver looks at the board, and for a wish to stop
 
 
@@ -143,8 +142,13 @@ def _run_rank(config: Config, board: Board, until: Until | None) -> None:
     logging.getLogger("kafka").setLevel(logging.WARNING)  # it tells of every connection
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    trainer = Trainer(config, ranks, board, until, get_device())
     try:
-        Trainer(config, ranks, board, until, get_device()).run(ray.train.get_dataset_shard("actions"))
+        trainer.run(ray.train.get_dataset_shard("actions"))
+    except BAD_WEIGHTS as error:
+        if ranks.rank == 0 and board.reverted(trainer.checkpoint_number) > config.train.max_reverts:
+            board.fail(error)
+        raise
     except LASTING as error:
         # A reader's error comes wrapped in Ray's, which is of both types.
         board.fail(error.cause if isinstance(error, RayTaskError) else error)

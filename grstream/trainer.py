@@ -18,23 +18,26 @@ from typing import Any, NamedTuple
 import torch
 
 from grstream.board import Board, Progress
-from grstream.checkpoints import CheckpointStore, Record
+from grstream.checkpoints import Checkpoint, CheckpointStore, Record
 from grstream.config import Config
+from grstream.gate import Diverged, EntropyGate
 from grstream.journal import Journal, Mark, new_run
-from grstream.learner import Learner, StepReport
+from grstream.learner import Learner, LearnerState, NonFiniteLoss, StepReport
 from grstream.ledger import Disposition, Ledger, OffsetRange
 from grstream.microbatch import MicroBatch
 from grstream.predictions import PredictionLog
 from grstream.ranks import Ranks
 from grstream.source import ReadersNotStarted, Until
 from grstream.strays import StrayUsers
-from grstream.weights import Manifest, Recipe, WeightStore
+from grstream.weights import Manifest, NonFiniteWeights, Recipe, WeightStore
 
 logger = logging.getLogger(__name__)
 
 READERS_START_S = 30  # an endless read task that has not reported by then has no slot and never will
 ALONE_WAIT_S = 0.2  # how long a turn waits for a block: bounds how late a clock or a stop is noticed
 TOGETHER_WAIT_S = 0.02  # with several ranks, those that have work wait for those that have none
+# What going back to the newest checkpoint may cure.
+BAD_WEIGHTS = (Diverged, NonFiniteLoss, NonFiniteWeights)
 PROGRESS_S = 2.0  # seconds between reports to the driver; the figures cost some 10 ms
 
 
@@ -114,7 +117,10 @@ class Trainer:
         self._weights = WeightStore(config.storage / "weights")
         self._publishing: concurrent.futures.Future[Manifest] | None = None
         self._publisher = concurrent.futures.ThreadPoolExecutor(1, "publisher")
-        self._checkpoint_number, self._version = 0, max(self._weights.numbers(), default=0)
+        self._saving: concurrent.futures.Future[Checkpoint] | None = None
+        self._saver = concurrent.futures.ThreadPoolExecutor(1, "saver")
+        self._gate = EntropyGate(len(config.events.actions), config.train)
+        self.checkpoint_number, self._version = 0, max(self._weights.numbers(), default=0)
         resumed = self._resume()
         self._journal = self._open_journal(resumed)
         self._predictions = self._open_predictions()
@@ -135,10 +141,17 @@ class Trainer:
                 self._consume(feed)
             finally:
                 feed.close()
-        self._checkpoint()
-        self._publish(wait=True)
+        if self._gate.open:
+            self._checkpoint(wait=True)
+            self._publish(wait=True)
+        else:
+            logger.warning(
+                "the weights are judged bad and not saved: training will go on from checkpoint %d",
+                self.checkpoint_number,
+            )
         self._report()
         self._publisher.shutdown()
+        self._saver.shutdown()
         if self._journal:
             self._journal.close()
 
@@ -156,7 +169,7 @@ class Trainer:
             self._settle(batch, votes)
             orders = votes[0]
             if orders.checkpoint:
-                self._checkpoint()
+                self._checkpoint(wait=False)
             if orders.publish:
                 self._publish(wait=False)
             if self._leads and time.monotonic() >= self._next_progress:
@@ -184,8 +197,8 @@ class Trainer:
         now = time.monotonic()
         return vote._replace(
             stop=self._board.stop_asked(),
-            checkpoint=now >= self._next_checkpoint,
-            publish=now >= self._next_publish,
+            checkpoint=now >= self._next_checkpoint and self._gate.open and not self._saving_goes_on(),
+            publish=now >= self._next_publish and self._gate.open,
         )
 
     def _settle(self, batch: MicroBatch | None, votes: list[Vote]) -> None:
@@ -219,6 +232,27 @@ class Trainer:
                     "sparsity": report.sparsity,
                 }
             self._journal.settled(ranges, events=events, **figures)
+        if report:
+            self._judge(report)
+
+    def _judge(self, report: StepReport) -> None:
+        """Open or close the gate. Raises Diverged where it stays closed."""
+        was_open = self._gate.open
+        try:
+            self._gate.update(report.predictions)
+        finally:
+            if self._gate.open != was_open:
+                logger.warning(
+                    "step %d: %s",
+                    report.step,
+                    "predictions are as good as before: weights are published and saved again"
+                    if self._gate.open
+                    else "predictions are much worse than before: weights are neither published nor saved",
+                )
+                if self._journal:
+                    self._journal.note(
+                        {"gate": "open" if self._gate.open else "closed", "at_step": report.step}
+                    )
 
     # -- what a trainer leaves behind ---------------------------------------------------------------------
 
@@ -242,7 +276,10 @@ class Trainer:
         self._learner.load(found.directory)
         self._ledger = found.ledger
         self._events, self._newest_event_ms = found.record.events, found.record.newest_event_ms
-        self._checkpoint_number = number
+        self.checkpoint_number = number
+        recent = self._learner.metrics.recent()
+        if recent is not None:
+            self._gate.seed(recent)
         logger.info(
             "resumed from checkpoint %d: step %d, %d events", number, found.record.step, found.record.events
         )
@@ -259,16 +296,29 @@ class Trainer:
     def _settled(self) -> dict[str, int]:
         return {d.name.lower(): self._ledger.count(d) for d in Disposition}
 
-    def _checkpoint(self) -> None:
-        """Save, if anything was settled since the last time. All ranks call it together."""
+    def _saving_goes_on(self) -> bool:
+        """Whether the last checkpoint is being written still. Raises what went wrong with it."""
+        if self._saving and self._saving.done():
+            saved, self._saving = self._saving.result().record, None
+            self.checkpoint_number = saved.number
+            logger.info("checkpoint %d: step %d, %d events", saved.number, saved.step, saved.events)
+        return self._saving is not None
+
+    def _checkpoint(self, wait: bool) -> None:
+        """Save, if anything was settled since the last time; without `wait`, beside the next steps.
+
+        All ranks call it together. The steps stand still for no more than a copy.
+        """
         self._next_checkpoint = time.monotonic() + self._config.train.checkpoint_every_s
+        if wait and self._saving:
+            concurrent.futures.wait([self._saving])
+            self._saving_goes_on()
         settled = self._settled()
         if settled == self._saved_settled:
             return
         if self._predictions:
             self._predictions.flush()
         if self._journal:
-            self._journal.sync()
             record = Record(
                 number=self._next_number,
                 run=self._journal.mark.run,
@@ -278,12 +328,21 @@ class Trainer:
                 newest_event_ms=self._newest_event_ms,
                 created_ms=0,
             )
-            self._store.write(record, self._ledger, self._learner.save)
-            self._store.prune(self._config.train.keep_checkpoints)
-            self._checkpoint_number = record.number
-            logger.info("checkpoint %d: step %d, %d events", record.number, record.step, record.events)
+            self._saving = self._saver.submit(
+                self._save, self._journal, record, Ledger(self._ledger), self._learner.state()
+            )
         self._next_number += 1
         self._saved_settled = settled
+        if wait and self._saving:
+            concurrent.futures.wait([self._saving])
+            self._saving_goes_on()
+
+    def _save(self, journal: Journal, record: Record, ledger: Ledger, state: LearnerState) -> Checkpoint:
+        """Write a checkpoint, in a thread of its own."""
+        journal.sync()
+        saved = self._store.write(record, ledger, state.save)
+        self._store.prune(self._config.train.keep_checkpoints)
+        return saved
 
     def _publish(self, wait: bool) -> None:
         """Publish a version if the weights have changed; without `wait`, beside the next steps."""
@@ -316,6 +375,7 @@ class Trainer:
         self._next_progress = time.monotonic() + PROGRESS_S
         if self._publishing and self._publishing.done():
             self._version = self._publishing.result().number
+        self._saving_goes_on()
         if not self._journal:
             return
         positions = {p: self._ledger.watermark(p) or 0 for p in self._ledger.partitions()}
@@ -333,7 +393,7 @@ class Trainer:
             strays=len(self._strays),
             figures={k: float(v) for k, v in figures.items() if math.isfinite(v)},
             version=self._version,
-            checkpoint=self._checkpoint_number,
+            checkpoint=self.checkpoint_number,
         )
         self._board.report(progress)
         self._journal.note({"progress": dataclasses.asdict(progress)})

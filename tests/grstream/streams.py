@@ -44,6 +44,20 @@ class Stream:
                 self.sent += 1
             out.flush()
 
+    def send_liked(self, count: int, likes: bool) -> None:
+        """Events that nearly all have an action, or none."""
+        with contextlib.closing(producer(self.config.kafka)) as out:
+            for i in range(count):
+                event = {
+                    "user_id": self._random.randrange(50),
+                    "item_id": i % 100,
+                    "actions": ["like"] if likes and i % 50 else [],
+                    "timestamp_ms": START_MS + self.sent,
+                }
+                out.send(self.config.kafka.topic, json.dumps(event).encode(), key=b"user")
+                self.sent += 1
+            out.flush()
+
     def _value(self, user: int) -> bytes | None:
         kind = self._random.random()
         if kind < 0.02:

@@ -45,7 +45,7 @@ def test_a_killed_and_resumed_learner_equals_one_that_never_stopped(tmp_path: pa
     for batch in batches[:6]:
         steady.step(batch)
         first.step(batch)
-    first.save(tmp_path)
+    first.state().save(tmp_path)
     resumed = Learner(small_config(seed=0))
     resumed.load(tmp_path)
     for batch in batches[6:]:
@@ -175,7 +175,7 @@ def _train_rank(rank: int, port: int, directory: str) -> None:
         learner.step(half)
     target = pathlib.Path(directory) / str(rank)
     target.mkdir()
-    learner.save(target)
+    learner.state().save(target)
     dist.destroy_process_group()
 
 

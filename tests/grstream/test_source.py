@@ -452,3 +452,15 @@ def test_a_bound_that_is_none_says_what_one_looks_like(text: str, config: config
 def test_a_bound_is_offsets_or_a_time(config: configs.Config) -> None:
     assert Until.parse("0:12,3:0", config) == Until(offsets={0: 12, 3: 0})
     assert Until.parse("2026-01-01T00:00:00+00:00", config) == Until(time_ms=1_767_225_600_000)
+
+
+@pytest.mark.parametrize(("base", "left"), [(0, 8), (39, 6), (40, 5), (75, 4), (200, 4)])
+def test_snapshots_are_kept_that_the_oldest_checkpoint_may_need(
+    tmp_path: pathlib.Path, base: int, left: int
+) -> None:
+    config = make_config(tmp_path)
+    files = SnapshotFiles(config, 0)
+    for offset in range(10, 90, 10):
+        files.write(RollingHistories(config.histories, features=0, partition=0), offset)
+    files.prune(base)
+    assert files.offsets() == list(range(90 - 10 * left, 90, 10))

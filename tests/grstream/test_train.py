@@ -4,20 +4,23 @@ import dataclasses
 import pathlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import ray
+import torch
 
 from grstream import config as configs
 from grstream import trainer as trainers
 from grstream.audit import audit
 from grstream.board import Board, Progress
 from grstream.checkpoints import CheckpointConflict, CheckpointStore
+from grstream.gate import Diverged
 from grstream.journal import Mark, lineage
 from grstream.kafka import BrokerUnavailable, TopicMissing, create_topic
+from grstream.learner import Learner
 from grstream.ledger import Disposition, Ledger, OffsetRange
 from grstream.microbatch import MicroBatch
 from grstream.ranks import Ranks
@@ -27,7 +30,7 @@ from grstream.strays import StrayUsers
 from grstream.train import NotEnoughCpus, train
 from grstream.trainer import Trainer
 from grstream.until import Until
-from grstream.weights import WeightStore
+from grstream.weights import NonFiniteWeights, WeightStore
 from tests.grstream.micro_batches import random_batches
 from tests.grstream.streams import Stream, make_config
 
@@ -203,6 +206,93 @@ def test_of_two_trainers_on_one_storage_one_is_told(config: configs.Config) -> N
         two.run(Shard([[GREETING, *stream]]))
 
 
+def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_touch_it(
+    config: configs.Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = batches(8)
+    at_five = config.model_copy(update={"storage": tmp_path / "five"})
+    run(at_five, stream[:5])
+    write, trained = CheckpointStore.write, threading.Event()
+
+    def slow(self: CheckpointStore, *args: Any) -> Any:
+        assert trained.wait(30)
+        return write(self, *args)
+
+    monkeypatch.setattr(CheckpointStore, "write", slow)
+
+    class Stream(Shard):
+        def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
+            for i, block in enumerate(super().iter_batches(**options)):
+                if i == 6:  # a greeting and five steps
+                    wait(lambda: trainer._learner.steps == 5)
+                    trainer._next_checkpoint = 0.0
+                    wait(lambda: trainer._saving is not None)
+                yield block
+            wait(lambda: trainer._learner.steps == 8)
+            trained.set()
+
+    trainer = Trainer(config, Ranks(), QuietBoard(), Bound(offsets={0: stream[-1].ranges[0].stop}))
+    trainer.run(Stream([[GREETING, *stream]]))
+    store = CheckpointStore(config.storage / "checkpoints")
+    assert store.numbers() == [1, 2]
+    expected, found = CheckpointStore(at_five.storage / "checkpoints").load(1), store.load(1)
+    assert list(found.ledger) == list(expected.ledger)
+    one, other = Learner(config), Learner(config)
+    one.load(found.directory)
+    other.load(expected.directory)
+    assert one.weights().rows.tobytes() == other.weights().rows.tobytes()
+    assert one.metrics.figures() == pytest.approx(other.metrics.figures(), nan_ok=True)
+
+
+def wait(until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_weights_that_went_bad_are_neither_published_nor_saved_and_end_the_run(
+    config: configs.Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"recent_events": 40, "bad_steps": 5, "checkpoint_every_s": 1e-3, "publish_every_s": 1e-3}
+    config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+    stream = batches(60)
+
+    class Breaking(Shard):
+        def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
+            for i, block in enumerate(super().iter_batches(**options)):
+                if i == 30:
+                    wait(lambda: trainer._learner.steps == 29)
+                    with torch.no_grad():
+                        for parameter in trainer._learner.model.parameters():
+                            parameter.mul_(-30)
+                yield block
+
+    trainer = Trainer(config, Ranks(), QuietBoard(), None)
+    with pytest.raises(Diverged, match="for 5 steps") as caught:
+        trainer.run(Breaking([[GREETING, *stream]]))
+    assert caught.value.now > caught.value.before + 0.5
+    assert "neither published nor saved" in caplog.text
+    found = CheckpointStore(config.storage / "checkpoints").newest()
+    assert found is not None
+    assert 20 < found.record.step <= 30
+    versions = WeightStore(config.storage / "weights")
+    assert versions.manifest(versions.numbers()[-1]).step <= 30
+    resumed = Trainer(config, Ranks(), QuietBoard(), None)
+    assert resumed.checkpoint_number == found.record.number
+    assert resumed._gate.open
+
+
+def test_weights_that_are_not_finite_are_not_saved(config: configs.Config) -> None:
+    trainer = Trainer(config, Ranks(), QuietBoard(), Bound(offsets={0: 1}))
+    with torch.no_grad():
+        next(trainer._learner.model.parameters()).fill_(float("nan"))
+    dead = MicroBatch.empty(ranges=(OffsetRange(0, 0, 7, Disposition.DEAD_LETTER),))
+    with pytest.raises(NonFiniteWeights, match=r"are not (saved|published)"):
+        trainer.run(Shard([[GREETING, dead]]))
+    assert CheckpointStore(config.storage / "checkpoints").numbers() == []
+
+
 def test_readers_that_do_not_start_fail_the_run(
     config: configs.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,7 +362,7 @@ class TestJob:
         found = audit(config)
         assert found.passed
         assert sum(final.settled.values()) == job.sent
-        assert all(found.count(d) for d in Disposition if d != Disposition.CONTROL)
+        assert all(found.count(d) for d in Disposition if d not in (Disposition.CONTROL, Disposition.LOST))
         assert final.version == max(WeightStore(config.storage / "weights").numbers())
 
     def test_a_lone_event_is_learned_from_at_once_and_a_stop_saves_it(
@@ -298,6 +388,31 @@ class TestJob:
         assert final is not None
         assert sum(final.settled.values()) == job.sent
         assert audit(config).passed
+
+    def test_a_stream_that_turns_sends_training_back_and_then_ends_it(
+        self, cluster: None, job: Stream, tmp_path: pathlib.Path
+    ) -> None:
+        config = make_config(
+            tmp_path,
+            job.config.kafka.bootstrap_servers[0],
+            source={"flush_events": 64, "flush_ms": 100},
+            train={
+                **{"recent_events": 500, "bad_steps": 3, "max_reverts": 1, "checkpoint_every_s": 0.1},
+                **{"learning_rate": 0.01},
+            },
+        )
+        create_topic(config.kafka, 1)
+        stream = Stream(config)
+        stream.send_liked(2000, True)
+        stream.send_liked(2000, False)
+        with pytest.raises(Diverged):
+            train(config, Until.parse("now", config))
+        runs = [path.read_text() for path in sorted((config.storage / "metrics").iterdir())]
+        assert len(runs) >= 2
+        assert all('"gate": "closed"' in run for run in runs)
+        found = CheckpointStore(config.storage / "checkpoints").newest()
+        assert found is not None
+        assert 1500 <= found.record.events <= 2300
 
     def test_a_lasting_error_of_a_reader_ends_the_job_as_itself(self, cluster: None, job: Stream) -> None:
         config = make_config(job.config.storage, job.config.kafka.bootstrap_servers[0], train={"workers": 1})
