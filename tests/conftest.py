@@ -66,23 +66,32 @@ def broker_process() -> BrokerProcess:
 
 
 @pytest.fixture(scope="session")
+def any_broker_process(request: pytest.FixtureRequest, broker_process: BrokerProcess) -> BrokerProcess:
+    """As `broker_process`, Apache Kafka if that is asked for."""
+    if not request.config.getoption("--apache-kafka"):
+        return broker_process
+    start = request.getfixturevalue("assets") / "kafka" / "start"
+    if not start.exists():
+        pytest.skip(f"no Apache Kafka at {start}")
+
+    def apache(
+        directory: pathlib.Path, port: int = 0
+    ) -> contextlib.AbstractContextManager[tuple[subprocess.Popen[str], str]]:
+        return _running([str(start), "--dir", str(directory), "--port", str(port or _two_free_ports())])
+
+    return apache
+
+
+@pytest.fixture(scope="session")
 def kafka_bootstrap(
-    request: pytest.FixtureRequest, broker_process: BrokerProcess, tmp_path_factory: pytest.TempPathFactory
+    any_broker_process: BrokerProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """The broker of the tests marked kafka: the one that is named, else Apache's if asked for, else ours."""
     named = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
     if named:
         yield named
         return
-    directory = tmp_path_factory.mktemp("kafka")
-    if request.config.getoption("--apache-kafka"):
-        start = request.getfixturevalue("assets") / "kafka" / "start"
-        if not start.exists():
-            pytest.skip(f"no Apache Kafka at {start}")
-        running = _running([str(start), "--dir", str(directory), "--port", str(_two_free_ports())])
-    else:
-        running = broker_process(directory)
-    with running as (_, bootstrap):
+    with any_broker_process(tmp_path_factory.mktemp("kafka")) as (_, bootstrap):
         yield bootstrap
 
 

@@ -39,10 +39,16 @@ class Stream:
     def send(self, count: int) -> None:
         with contextlib.closing(producer(self.config.kafka)) as out:
             for _ in range(count):
-                user = self._random.randrange(50)
-                out.send(self.config.kafka.topic, self._value(user), key=partition_key(user))
-                self.sent += 1
+                user, value = self.next()
+                out.send(self.config.kafka.topic, value, key=partition_key(user))
             out.flush()
+
+    def next(self) -> tuple[int, bytes | None]:
+        """Another record's user and value."""
+        user = self._random.randrange(50)
+        value = self._value(user)
+        self.sent += 1
+        return user, value
 
     def send_liked(self, count: int, likes: bool) -> None:
         """Events that nearly all have an action, or none."""
