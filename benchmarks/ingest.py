@@ -5,9 +5,11 @@
 The same topic is read in turns by both, several times: 150-byte JSON events of 100k Zipf users, window 256.
 `raw` polls records and looks at none of them. `source` is ActionSource under Ray Data: decoded, folded into
 histories, packed, moved through the object store and opened as MicroBatch in another process. Both clocks
-run from the first events to the last. Without `--bootstrap` a development broker is started for the run; it
-shares the machine's cores with what is measured, in both cases. `reader_shares` is where a reader's own
-thread spends its time, under cProfile and without Ray.
+run from the first events to the last. `decode_ratio` is a consumer that decodes and folds into histories
+without a window and packs nothing, beside the bare one. `input_wait_share` is what a training job on this log
+(the default model, 256 events a micro-batch) waits for input, of all its time. Without
+`--bootstrap` a development broker is started for the run; it shares the machine with what is measured,
+in all cases. `reader_shares` is where a reader's own thread spends its time, under cProfile and without Ray.
 """
 
 import argparse
@@ -31,17 +33,21 @@ import numpy as np
 import ray
 
 from grstream import config as configs
+from grstream.events import EventDecoder
+from grstream.histories import RollingHistories
 from grstream.kafka import consumer, create_topic, producer
 from grstream.ledger import Disposition, Ledger
 from grstream.microbatch import MicroBatch
 from grstream.reader import LogReader
 from grstream.source import actions
+from grstream.train import train
 from grstream.until import Until, end_offsets
 
 USERS, ITEMS, ZIPF = 100_000, 100_000, 1.1
 EVENT_BYTES = 150
 FLUSH_EVENTS = 4096  # of a reader that catches up: a block costs Ray some 10 ms, whatever its size
 START_MS = 1_700_000_000_000
+WAIT_EVENTS, WAIT_WARM_STEPS = 60_000, 40  # of the training job
 SHARES = {
     "poll (kafka-python)": ("group.py", "poll"),
     "decode": ("events.py", "decode"),
@@ -88,6 +94,44 @@ def read_raw(config: configs.Config, count: int) -> float:
         while seen < count:
             seen += sum(map(len, log.poll(timeout_ms=1000).values()))
         return (seen - first) / (time.perf_counter() - began)
+
+
+def read_decoding(config: configs.Config, count: int) -> float:
+    """Events per second of a consumer that decodes and folds into histories that keep no events."""
+    config = config.model_copy(update={"histories": configs.HistoriesConfig(window=0)})
+    decoder = EventDecoder(config.events)
+    histories = RollingHistories(
+        config.histories, features=len(config.events.features), partition=0, track_new=False
+    )
+    with contextlib.closing(consumer(config.kafka)) as log:
+        tp = kafka.TopicPartition(config.kafka.topic, 0)
+        log.assign([tp])
+        log.seek(tp, 0)
+
+        def read() -> int:
+            records = log.poll(timeout_ms=10_000).get(tp, [])
+            offsets = np.fromiter((r.offset for r in records), np.int64, len(records))
+            times = np.fromiter((r.timestamp for r in records), np.int64, len(records))
+            decoded = decoder.decode(0, offsets, [r.value for r in records], times)
+            histories.append(decoded.batch)
+            return len(decoded.batch)
+
+        first = seen = read()
+        began = time.perf_counter()
+        while seen < count:
+            seen += read()
+        return (seen - first) / (time.perf_counter() - began)
+
+
+def input_wait_share(config: configs.Config) -> float:
+    """What a training job waits for input, of all its time once it runs."""
+    config = config.model_copy(update={"source": configs.SourceConfig()})
+    train(config, Until(offsets={0: WAIT_EVENTS}))
+    [journal] = (config.storage / "metrics").glob("*.jsonl")
+    entries = map(json.loads, journal.read_text().splitlines())
+    steps = [entry for entry in entries if "step" in entry][WAIT_WARM_STEPS:]
+    waited = sum(step["waited_ms"] for step in steps[1:])
+    return float(waited / (steps[-1]["at_ms"] - steps[0]["at_ms"]))
 
 
 def read_source(config: configs.Config, count: int) -> tuple[float, int]:
@@ -161,20 +205,35 @@ def main() -> None:
         fill(config, count)
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         stack.callback(ray.shutdown)
-        raw, source, size = [], [], 0
+        raw, decoding, source, size = [], [], [], 0
         for n in range(rounds + 1):
-            raw_rate, (source_rate, size) = read_raw(config, count), read_source(config, count)
+            raw_rate, decoding_rate = read_raw(config, count), read_decoding(config, count)
+            source_rate, size = read_source(config, count)
             if n:  # the first round warms caches and imports
                 raw.append(raw_rate)
+                decoding.append(decoding_rate)
                 source.append(source_rate)
-                ratio = source_rate / raw_rate
-                print(f"round {n}: raw {raw_rate:>9,.0f}/s  source {source_rate:>9,.0f}/s  {ratio:.2f}")
+                print(
+                    f"round {n}: raw {raw_rate:,.0f}/s  decoding {decoding_rate:,.0f}/s "
+                    f"{decoding_rate / raw_rate:.2f}  source {source_rate:,.0f}/s "
+                    f"{source_rate / raw_rate:.2f}"
+                )
         shares = profile(config)
-    report(count, raw, source, size, shares)
+        waited = input_wait_share(config)
+    report(count, raw, decoding, source, size, shares, waited)
 
 
-def report(count: int, raw: list[float], source: list[float], size: int, shares: dict[str, float]) -> None:
+def report(
+    count: int,
+    raw: list[float],
+    decoding: list[float],
+    source: list[float],
+    size: int,
+    shares: dict[str, float],
+    waited: float,
+) -> None:
     ratios = [s / r for s, r in zip(source, raw, strict=True)]
+    decode_ratios = [d / r for d, r in zip(decoding, raw, strict=True)]
     result = {
         "events": count,
         "flush_events": FLUSH_EVENTS,
@@ -182,6 +241,9 @@ def report(count: int, raw: list[float], source: list[float], size: int, shares:
         "raw_events_per_s": round(statistics.median(raw)),
         "ratio": round(statistics.median(ratios), 3),
         "ratio_min": round(min(ratios), 3),
+        "decode_ratio": round(statistics.median(decode_ratios), 3),
+        "decode_ratio_min": round(min(decode_ratios), 3),
+        "input_wait_share": round(waited, 4),
         "batch_bytes_per_event": round(size / count),
         "reader_shares": {name: round(share, 3) for name, share in shares.items()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",

@@ -112,6 +112,7 @@ class Trainer:
         self._events = 0
         self._newest_event_ms = 0
         self._sparsity: list[float] = []  # of each step since the last report
+        self._waited_s = 0.0  # for input, since the last step
         self._strays = StrayUsers()
         self._store = CheckpointStore(config.storage / "checkpoints")
         self._weights = WeightStore(config.storage / "weights")
@@ -161,7 +162,8 @@ class Trainer:
         """The turns of one execution, until it ends or the trainer is stopped."""
         wait_s = ALONE_WAIT_S if self._ranks.world == 1 else TOGETHER_WAIT_S
         greeted, patience_ends = 0, time.monotonic() + READERS_START_S
-        for batch in self._turns(feed, wait_s):
+        for batch, waited_s in self._turns(feed, wait_s):
+            self._waited_s += waited_s
             votes = self._ranks.gather(self._vote(batch, feed))
             greeted += sum(vote.greetings for vote in votes)
             if greeted < self._config.source.readers and time.monotonic() > patience_ends:
@@ -179,9 +181,12 @@ class Trainer:
                 return
 
     @staticmethod
-    def _turns(feed: Feed, wait_s: float) -> Iterator[MicroBatch | None]:
+    def _turns(feed: Feed, wait_s: float) -> Iterator[tuple[MicroBatch | None, float]]:
+        """A micro-batch, or None, and how long it took to come."""
         while True:
-            yield feed.next(wait_s)
+            began = time.monotonic()
+            batch = feed.next(wait_s)
+            yield batch, time.monotonic() - began
 
     def _vote(self, batch: MicroBatch | None, feed: Feed) -> Vote:
         vote = Vote(ended=batch is None and feed.ended())
@@ -230,7 +235,9 @@ class Trainer:
                     "retrieval_loss": report.retrieval_loss,
                     "tokens": report.tokens,
                     "sparsity": report.sparsity,
+                    "waited_ms": round(1000 * self._waited_s, 1),
                 }
+                self._waited_s = 0.0
             self._journal.settled(ranges, events=events, **figures)
         if report:
             self._judge(report)
