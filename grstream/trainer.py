@@ -33,7 +33,10 @@ from grstream.weights import Manifest, NonFiniteWeights, Recipe, WeightStore
 
 logger = logging.getLogger(__name__)
 
-READERS_START_S = 30  # an endless read task that has not reported by then has no slot and never will
+# An endless read task that has not reported by then has no slot and never will. What a killed driver had
+# reserved Ray holds for another 180 s, and readers of the next one may have to wait for that.
+READERS_START_S = 240
+READERS_WARN_S = 30
 ALONE_WAIT_S = 0.2  # how long a turn waits for a block: bounds how late a clock or a stop is noticed
 TOGETHER_WAIT_S = 0.02  # with several ranks, those that have work wait for those that have none
 # What going back to the newest checkpoint may cure.
@@ -161,13 +164,18 @@ class Trainer:
     def _consume(self, feed: Feed) -> None:
         """The turns of one execution, until it ends or the trainer is stopped."""
         wait_s = ALONE_WAIT_S if self._ranks.world == 1 else TOGETHER_WAIT_S
-        greeted, patience_ends = 0, time.monotonic() + READERS_START_S
+        greeted, began, warned = 0, time.monotonic(), False
         for batch, waited_s in self._turns(feed, wait_s):
             self._waited_s += waited_s
             votes = self._ranks.gather(self._vote(batch, feed))
             greeted += sum(vote.greetings for vote in votes)
-            if greeted < self._config.source.readers and time.monotonic() > patience_ends:
-                raise ReadersNotStarted(self._config.source.readers, greeted, READERS_START_S)
+            if greeted < self._config.source.readers:
+                waited_s = time.monotonic() - began
+                if waited_s > READERS_START_S:
+                    raise ReadersNotStarted(self._config.source.readers, greeted, READERS_START_S)
+                if waited_s > READERS_WARN_S and self._leads and not warned:
+                    logger.warning("%d of %d readers run yet", greeted, self._config.source.readers)
+                    warned = True
             self._settle(batch, votes)
             orders = votes[0]
             if orders.checkpoint:
