@@ -56,7 +56,12 @@ def descendants(name: str) -> list[int]:
 
 
 def kill_one(name: str, draw: random.Random) -> None:
-    os.kill(draw.choice(sorted(descendants(name))), signal.SIGKILL)
+    """Kill one of these processes, once there is one: between two executions there is no reader."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := sorted(descendants(name))):
+        assert time.monotonic() < deadline, f"no process is named {name}"
+        time.sleep(0.01)
+    os.kill(draw.choice(found), signal.SIGKILL)
 
 
 class Runs:
