@@ -192,8 +192,9 @@ def history_from_log(config: Config, probe: Probe, stop: int) -> History:
                 continue
             offsets = np.array([r.offset for r in records], np.int64)
             times = np.array([r.timestamp for r in records], np.int64)
-            decoded = decoder.decode(probe.partition, offsets, [r.value for r in records], times)
-            histories.append(decoded.batch)
+            values, keys = [r.value for r in records], [r.key for r in records]
+            decoded = decoder.decode(probe.partition, offsets, values, times, keys)
+            histories.append(decoded.batch, tombstones=decoded.tombstones)
     return histories.history(key_of(Namespace.USER, probe.user))
 
 

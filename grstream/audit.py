@@ -144,10 +144,14 @@ def _expected(
     for records in _records(config, log, tp, start, stop):
         offsets = [r.offset for r in records]
         decoded = decoder.decode(
-            tp.partition, offsets, [r.value for r in records], [r.timestamp for r in records]
+            tp.partition,
+            offsets,
+            [r.value for r in records],
+            [r.timestamp for r in records],
+            [r.key for r in records],
         )
         expected[decoded.batch.offsets - start] = Disposition.TRAINED
-        expected[[o - start for o in decoded.tombstones]] = Disposition.TOMBSTONE
+        expected[decoded.tombstones.offsets - start] = Disposition.TOMBSTONE
         expected[[r.offset - start for r in decoded.rejected]] = Disposition.DEAD_LETTER
         for key, offset in zip(
             decoded.batch.event_keys.tolist(), decoded.batch.offsets.tolist(), strict=True

@@ -6,6 +6,7 @@ takes the number after the newest at once, and if that is taken by the time it w
 gone on from the same place and it must start again (law 4: no two may continue one history).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -149,17 +150,16 @@ class CheckpointStore:
                 logger.info("checkpoint %d was pruned while it was being read", number)
         return None
 
-    def oldest_ledger(self) -> Ledger | None:
-        """What the oldest checkpoint has consumed, from which a trainer may yet have to go on.
+    def ledgers(self) -> list[Ledger]:
+        """What the checkpoints have consumed, oldest first: a trainer may yet have to go on from any of them.
 
-        None where there is no checkpoint. Only the ledger is read, and it is not verified.
+        Only the ledgers are read, and they are not verified.
         """
+        found = []
         for number in self.numbers():
-            try:
-                return _read_ledger(self._path(number))
-            except FileNotFoundError:  # pruned since it was listed
-                continue
-        return None
+            with contextlib.suppress(FileNotFoundError):  # pruned since it was listed
+                found.append(_read_ledger(self._path(number)))
+        return found
 
     def prune(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints and what dead writers left."""

@@ -32,6 +32,9 @@ class KafkaConfig(Section):
     bootstrap_servers: list[str] = ["127.0.0.1:9092"]
     topic: str = "actions"
     dead_letter_topic: str | None = pydantic.Field(None, description="default: <topic>.dead")
+    dead_letter_retention_ms: int = pydantic.Field(
+        604_800_000, ge=1, description="of that topic, where it is created here: how long a letter stays"
+    )
     request_timeout_ms: int = pydantic.Field(10_000, gt=0, description="give up on an unreachable broker")
 
     @property
@@ -173,6 +176,9 @@ class TrainConfig(Section):
         None, gt=1, le=2, description="the paper's α: long histories are trained on in part; default: whole"
     )
     log_predictions: bool = pydantic.Field(False, description="keep every prediction, for evaluation")
+    predictions_kept_s: float = pydantic.Field(
+        2_592_000, gt=0, description="and so long: they name users, whom a tombstone does not take out"
+    )
     publish_every_s: float = pydantic.Field(5, gt=0)
     checkpoint_every_s: float = pydantic.Field(60, gt=0)
     keep_checkpoints: int = pydantic.Field(3, ge=1)
@@ -269,6 +275,12 @@ class Config(Section):
     storage: pathlib.Path = pydantic.Field(
         description="directory shared by trainer and servers: checkpoints, snapshots, weights versions, logs"
     )
+    forget_within_s: float = pydantic.Field(
+        86_400,
+        gt=0,
+        description="while a trainer runs, no snapshot holds a user for longer than this after the user's "
+        "tombstone was read; at least 2 source.recycle_s + train.checkpoint_every_s",
+    )
     kafka: KafkaConfig = KafkaConfig()
     events: EventsConfig
     histories: HistoriesConfig = HistoriesConfig()
@@ -277,6 +289,16 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     serve: ServeConfig = ServeConfig()
     replay: ReplayConfig = ReplayConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _can_forget_in_time(self) -> Self:
+        least_s = 2 * self.source.recycle_s + self.train.checkpoint_every_s
+        if self.forget_within_s < least_s:
+            raise ValueError(
+                f"forget_within_s must be at least 2 source.recycle_s + train.checkpoint_every_s = "
+                f"{least_s:g}: a snapshot is needed until a checkpoint is beyond a newer one"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _sections_speak_of_configured_names(self) -> Self:

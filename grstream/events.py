@@ -162,6 +162,29 @@ class EventBatch:
     def __len__(self) -> int:
         return len(self.offsets)
 
+    def rows(self, start: int, stop: int) -> "EventBatch":
+        """Some of the events that follow one another; without names, which hold for all."""
+        columns = ("offsets", "users", "items", "actions", "times", "features", "event_keys")
+        cut = {name: getattr(self, name)[start:stop] for name in columns}
+        return EventBatch(partition=self.partition, item_names={}, **cut)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tombstones:
+    """Records without a value: each forgets the user that its key names. In the order of their offsets."""
+
+    offsets: npt.NDArray[np.int64]  # (n,)
+    users: Keys  # (n,)
+
+    @classmethod
+    def of(cls, found: Sequence[tuple[int, int]] = ()) -> "Tombstones":
+        """From (offset, user key) pairs."""
+        columns = np.array(found, np.int64).reshape(-1, 2)
+        return cls(columns[:, 0], columns[:, 1])
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
@@ -178,7 +201,7 @@ class Decoded:
 
     batch: EventBatch
     rejected: list[Rejected]
-    tombstones: list[int]  # offsets
+    tombstones: Tombstones
 
 
 class EventDecoder:
@@ -195,13 +218,22 @@ class EventDecoder:
         offsets: npt.ArrayLike,
         values: Sequence[bytes | None],
         record_times_ms: npt.ArrayLike,
+        keys: Sequence[bytes | None] | None = None,
     ) -> Decoded:
-        """Decode n records in the order of their offsets; `record_times_ms` are Kafka's, -1 for none."""
+        """Decode n records in the order of their offsets; `record_times_ms` are Kafka's, -1 for none.
+
+        `keys` are the records' own; only that of a record without a value is looked at, which is a dead
+        letter where its key names no user.
+        """
         at = np.asarray(offsets, np.int64)  # (n,)
         record_times = np.asarray(record_times_ms, np.int64)  # (n,)
         columns = Columns.empty(len(values), self._features)
-        tombstones = [int(at[i]) for i, value in enumerate(values) if value is None]
-        rejected = []
+        rejected, tombstones = [], []
+        for row in [i for i, value in enumerate(values) if value is None] if None in values else []:
+            try:
+                tombstones.append((int(at[row]), _user_of(keys[row] if keys else None)))
+            except InvalidEvent as error:
+                rejected.append(Rejected(int(at[row]), error.reason, error.field))
         for row in self._reader.read(values, record_times, columns):
             value = values[row]
             assert value is not None
@@ -221,7 +253,8 @@ class EventDecoder:
             event_keys=columns.event_keys[keep],
             item_names=columns.item_names,
         )
-        return Decoded(batch, rejected, tombstones)
+        rejected.sort(key=lambda r: r.offset)
+        return Decoded(batch, rejected, Tombstones.of(tombstones))
 
     def _put(self, columns: Columns, row: int, event: ActionEvent) -> None:
         columns.users[row] = key_of(Namespace.USER, event.user_id)
@@ -234,3 +267,14 @@ class EventDecoder:
         if isinstance(event.item_id, str):
             columns.item_names[item] = event.item_id
         columns.good[row] = True
+
+
+def _user_of(key: bytes | None) -> int:
+    """The user key of the id that a tombstone's record key spells; InvalidEvent where it spells none."""
+    try:
+        return key_of(Namespace.USER, (key or b"").decode())
+    except ValueError as error:
+        raise InvalidEvent(
+            f"a record without a value forgets the user whose id its key spells, and {key!r} spells none",
+            "key",
+        ) from error

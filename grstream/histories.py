@@ -13,6 +13,9 @@ time the fold is this; the code does it for many at once:
    never repeats an epoch. (Without a window nothing is kept, and every event is a roll.)
 4. While there are more than `max_users` users or `max_events` events, the least recently active user is
    evicted.
+5. A tombstone drops its user and the history; what the user does later begins another, under a new epoch.
+   Ids stay in the duplicate window until they leave it, so that an event of before the tombstone that is sent
+   once more does not bring the user back; such a key is a hash, from which neither user nor event is read.
 
 What a reader needs besides, to train (`track_new`): the new events since the last `pack`, each behind exactly
 the history that it came upon. That never influences the fold.
@@ -30,7 +33,7 @@ from grstream import snapshots
 from grstream.arena import Ints
 from grstream.config import HistoriesConfig
 from grstream.duplicates import DuplicateWindow
-from grstream.events import EventBatch
+from grstream.events import EventBatch, Tombstones
 from grstream.item_names import ItemNames
 from grstream.keys import Keys
 from grstream.keytable import Slots
@@ -97,17 +100,41 @@ class RollingHistories:
 
     # -- the fold ---------------------------------------------------------------------------------------
 
-    def append(self, batch: EventBatch, new: npt.NDArray[np.bool_] | None = None) -> None:
-        """Take in a batch, whose offsets lie beyond all before.
+    def append(
+        self,
+        batch: EventBatch,
+        new: npt.NDArray[np.bool_] | None = None,
+        tombstones: Tombstones | None = None,
+    ) -> None:
+        """Take in a batch and the tombstones among it, whose offsets lie beyond all before.
 
         `new` says which rows are to be emitted by `pack` (default: all). The others were consumed before;
-        they change the histories all the same, and their dispositions are not recorded again.
+        they change the histories all the same, and their dispositions are not recorded again. New events of a
+        user that a tombstone forgets are emitted all the same: what stands before it in the log was learned
+        from, whenever that comes to be packed. The tombstone's own offset is the caller's to settle.
         """
-        self._check(batch)
+        tombstones = tombstones or Tombstones.of()
+        self._check(batch, tombstones)
+        self._names.update(batch.item_names)
+        # Events and tombstones by turns: as many events as come before the next tombstone, then all that
+        # follow it without an event between.
+        ahead = np.searchsorted(batch.offsets, tombstones.offsets)  # events before each tombstone
+        begin = 0
+        for stop in np.unique(ahead).tolist():
+            self._fold(batch.rows(begin, stop), None if new is None else new[begin:stop])
+            self._forget(tombstones.users[ahead == stop])
+            begin = stop
+        if begin:
+            batch, new = batch.rows(begin, len(batch)), None if new is None else new[begin:]
+        self._fold(batch, new)
+        if len(tombstones):
+            self._last_offset = max(self._last_offset, int(tombstones.offsets[-1]))
+        self._names.prune(self._windows.arena.used)
+
+    def _fold(self, batch: EventBatch, new: npt.NDArray[np.bool_] | None) -> None:
         if not len(batch):
             return
         self._last_offset = int(batch.offsets[-1])
-        self._names.update(batch.item_names)
         accepted = self._duplicates.accept(batch.event_keys, batch.offsets)
         self._duplicate += len(batch) - int(accepted.sum())
         if self._pending is not None:
@@ -122,28 +149,23 @@ class RollingHistories:
             )
             at_once = _ROWS_AT_ONCE if room > len(rows) else _ROWS_WHEN_FULL
             rows = rows[self._take(batch, rows[:at_once], new) :]
-        self._names.prune(self._windows.arena.used)
 
-    def forget(self, user: int) -> bool:
-        """Drop a user and its history (a tombstone); whether it was known. New events stay pending."""
-        slots = self._windows.users.table.find(np.array([user], np.int64))
-        if slots[0] < 0:
-            return False
-        self._windows.remove(slots)
-        return True
+    def _forget(self, users: Keys) -> None:
+        slots = self._windows.users.table.find(np.unique(users))
+        self._windows.remove(slots[slots >= 0])
 
-    def _check(self, batch: EventBatch) -> None:
+    def _check(self, batch: EventBatch, tombstones: Tombstones) -> None:
         if batch.partition != self._partition:
             raise ValueError(f"these are histories of partition {self._partition}, got {batch.partition}")
         features = self._windows.arena.features.shape[1]
         if batch.features.shape[1:] != (features,):
             raise ValueError(f"expected {features} features an event, got {batch.features.shape}")
-        offsets = batch.offsets
-        if len(offsets) and (offsets[0] <= self._last_offset or (np.diff(offsets) <= 0).any()):
-            raise OffsetOrderError(
-                f"expected ascending offsets beyond {self._last_offset}, got a batch of "
-                f"{len(offsets)} from {offsets[0]} to {offsets[-1]}"
-            )
+        for offsets in (batch.offsets, tombstones.offsets):
+            if len(offsets) and (offsets[0] <= self._last_offset or (np.diff(offsets) <= 0).any()):
+                raise OffsetOrderError(
+                    f"expected ascending offsets beyond {self._last_offset}, got a batch of "
+                    f"{len(offsets)} from {offsets[0]} to {offsets[-1]}"
+                )
 
     def _take(self, batch: EventBatch, rows: Ints, new: npt.NDArray[np.bool_] | None) -> int:
         """Fold in a leading part of these rows, at least one, and evict; returns how many."""

@@ -5,6 +5,7 @@ Clients speak bytes. A broker that cannot be reached is `BrokerUnavailable`, a t
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,9 @@ BATCH_BYTES = 128 << 10
 METADATA_MS = 30_000  # a consumer knows of partitions that are added after so long at most
 # Headers must fit beside the value under a broker's usual limit of 1 MB a record.
 DEAD_LETTER_BYTES = 900_000
+DEAD_LETTER_KEY_BYTES = 10_000
+
+logger = logging.getLogger(__name__)
 
 
 class BrokerUnavailable(ConnectionError):
@@ -136,20 +140,34 @@ def partition_count(config: KafkaConfig, topic: str | None = None) -> int:
     return len(described["partitions"])
 
 
-def create_topic(config: KafkaConfig, partitions: int, topic: str | None = None) -> int:
-    """Create the topic (default: the topic of actions) unless it is there; how many partitions it has."""
+def create_topic(
+    config: KafkaConfig, partitions: int, topic: str | None = None, retention_ms: int | None = None
+) -> int:
+    """Create the topic (default: the topic of actions) unless it is there; how many partitions it has.
+
+    Its records are deleted by age and never compacted. A broker that cannot be told an age keeps its own.
+    """
     topic = topic or config.topic
+    options: dict[str, Any] = {"num_partitions": partitions, "configs": {"cleanup.policy": "delete"}}
     with _admin(config) as admin, contextlib.suppress(kafka.errors.TopicAlreadyExistsError):
-        admin.create_topics({topic: {"num_partitions": partitions}}, wait_for_metadata=True)
+        try:
+            aged = {"retention.ms": str(retention_ms)} if retention_ms else {}
+            configs = options["configs"] | aged
+            admin.create_topics({topic: options | {"configs": configs}}, wait_for_metadata=True)
+        except kafka.errors.InvalidConfigurationError as error:
+            logger.warning("%s gets the broker's own retention: %s", topic, error)
+            admin.create_topics({topic: options}, wait_for_metadata=True)
     return partition_count(config, topic)
 
 
 class DeadLetters:
     """Records that are no events, sent whole to the dead-letter topic. Connects at the first one.
 
-    A letter's key is `topic:partition:offset`, so letters sent again after a restart can be told, and are
-    compacted away; the same and `reason` and `field` are in its headers. A value too long to fit is cut, with
-    its length in the header `bytes`.
+    A letter's key is `topic:partition:offset`, so letters sent again after a restart can be told; the same
+    and `reason` and `field` are in its headers, and the record's own key, which names a user, in `key`. A
+    value too long to fit is cut, with its length in the header `bytes`. Letters go by age alone, those of
+    forgotten users, too: the topic is created with `dead_letter_retention_ms`; one that is there keeps its
+    own.
     """
 
     def __init__(self, config: KafkaConfig) -> None:
@@ -157,10 +175,12 @@ class DeadLetters:
         self._producer: kafka.KafkaProducer | None = None
         self._sent: list[Any] = []  # futures
 
-    def send(self, partition: int, rejected: Rejected, value: bytes) -> None:
+    def send(
+        self, partition: int, rejected: Rejected, value: bytes | None, record_key: bytes | None = None
+    ) -> None:
         """Send one letter; `flush` says whether letters arrived."""
         if self._producer is None:
-            create_topic(self._config, 1, self._config.dead_letters)
+            create_topic(self._config, 1, self._config.dead_letters, self._config.dead_letter_retention_ms)
             self._producer = producer(self._config)
         headers = {
             "reason": rejected.reason,
@@ -170,7 +190,7 @@ class DeadLetters:
         }
         if rejected.field is not None:
             headers["field"] = rejected.field
-        if len(value) > DEAD_LETTER_BYTES:
+        if value is not None and len(value) > DEAD_LETTER_BYTES:
             headers["bytes"] = str(len(value))
             value = value[:DEAD_LETTER_BYTES]
         with reaching(self._config):
@@ -179,7 +199,10 @@ class DeadLetters:
                     self._config.dead_letters,
                     value,
                     key=f"{self._config.topic}:{partition}:{rejected.offset}".encode(),
-                    headers=[(k, v.encode("utf-8", "backslashreplace")) for k, v in headers.items()],
+                    headers=[
+                        *((k, v.encode("utf-8", "backslashreplace")) for k, v in headers.items()),
+                        *([("key", record_key[:DEAD_LETTER_KEY_BYTES])] if record_key is not None else []),
+                    ],
                 )
             )
 

@@ -1,10 +1,12 @@
 """The log of predictions: what was said of each event before it was learned from, as Parquet.
 
 A trainer writes it where `train.log_predictions` is set, for evaluation after the fact. A trainer that is
-killed goes back to its checkpoint and predicts some events again; `read` keeps what was said last.
+killed goes back to its checkpoint and predicts some events again; `read` keeps what was said last. Parts name
+users and go by age.
 """
 
 import pathlib
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +18,16 @@ PART_EVENTS = 50_000  # events gathered before a part is written
 
 
 class PredictionLog:
-    """Writes one run's parts `<run>-<part>.parquet`; run names sort by time."""
+    """Writes one run's parts `<run>-<part>.parquet`; run names sort by time.
 
-    def __init__(self, directory: pathlib.Path, run: str) -> None:
+    Deletes what is older than `kept_s`.
+    """
+
+    def __init__(self, directory: pathlib.Path, run: str, kept_s: float) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._run = run
+        self._kept_s = kept_s
         self._parts = 0
         self._held: list[Predictions] = []
 
@@ -31,7 +37,10 @@ class PredictionLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write what is held, and delete what is old."""
+        for part in self._directory.glob("*.parquet"):
+            if part.stat().st_mtime < time.time() - self._kept_s:
+                part.unlink()
         if not any(map(len, self._held)):
             return
         path = self._directory / f"{self._run}-{self._parts:06d}.parquet"

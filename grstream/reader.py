@@ -1,9 +1,9 @@
 """What a read task does: follow its partitions of the log and turn them into micro-batches.
 
 Every offset from the position on is settled once, in exactly one way: an event becomes trained or a
-duplicate (its histories decide), a record that is no event a dead letter, an empty one a tombstone, and
-offsets that hold no record (transaction markers, aborted records, what compaction removed) control. Before
-the position histories are only rebuilt, from the newest snapshot that is old enough or from the log's
+duplicate (its histories decide), a record that is no event a dead letter, one without a value a tombstone,
+and offsets that hold no record (transaction markers, aborted records, what compaction removed) control.
+Before the position histories are only rebuilt, from the newest snapshot that is old enough or from the log's
 start; offsets beyond it that were consumed already, by ranks that ran ahead, change histories and are not
 emitted.
 
@@ -44,7 +44,8 @@ from grstream.until import Until
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Letter = tuple[int, Rejected, bytes]  # partition, why it is no event, the record's value
+# Partition, why it is no event, the record's value and its key.
+Letter = tuple[int, Rejected, bytes | None, bytes | None]
 
 REPLAY_RECORDS = 5000  # a fetch's records while nothing is emitted
 RETRY_S = 1.0  # between attempts to reach a broker that went away
@@ -109,20 +110,20 @@ class PartitionReader:
         offsets = np.fromiter((r.offset for r in records), np.int64, len(records))
         times = np.fromiter((r.timestamp for r in records), np.int64, len(records))
         values = [r.value for r in records]
-        decoded = self._decoder.decode(self.partition, offsets, values, times)
+        keys = [r.key for r in records]
+        decoded = self._decoder.decode(self.partition, offsets, values, times, keys)
         self._settle_jumps(offsets)
         self.position = int(offsets[-1]) + 1
         fresh = self._fresh(decoded.batch.offsets)
-        self.histories.append(decoded.batch, None if fresh.all() else fresh)
+        self.histories.append(decoded.batch, None if fresh.all() else fresh, decoded.tombstones)
         self.unpacked |= bool(fresh.any())
-        for offset in decoded.tombstones:
+        for offset in decoded.tombstones.offsets.tolist():
             self._settle(offset, offset + 1, Disposition.TOMBSTONE)
         letters = []
         for rejected in decoded.rejected:
             if self._settle(rejected.offset, rejected.offset + 1, Disposition.DEAD_LETTER):
-                value = values[int(np.searchsorted(offsets, rejected.offset))]
-                assert value is not None
-                letters.append((self.partition, rejected, value))
+                row = int(np.searchsorted(offsets, rejected.offset))
+                letters.append((self.partition, rejected, values[row], keys[row]))
         return letters
 
     def pack(self, read_ms: int) -> MicroBatch:
@@ -366,8 +367,8 @@ class LogReader:
 
         def send() -> None:
             try:
-                for partition, rejected, value in letters:
-                    self._letters.send(partition, rejected, value)
+                for letter in letters:
+                    self._letters.send(*letter)
                 self._letters.flush()
             except (BrokerUnavailable, DeliveryFailed):
                 self._letters.close()

@@ -3,6 +3,11 @@
 `snapshots/p00003/o00000000000000001234.arrow` is what partition 3's histories held after every offset below
 1234. Readers write them beside the checkpoints; trainer and servers start from them. Nothing but time is lost
 with one: histories are a pure fold over the log, and without a snapshot they are folded again from its start.
+
+A tombstone takes its user out of histories at once, and so out of every snapshot at a later offset. Those
+of before go by age. A new one is written at the end of each execution at the latest, and the next
+checkpoint is beyond it; so all that are `source.recycle_s` short of `forget_within_s` old can be deleted, and
+are in time.
 """
 
 import bisect
@@ -16,6 +21,7 @@ from collections.abc import Iterable
 from grstream.checkpoints import CheckpointStore
 from grstream.config import Config
 from grstream.histories import RollingHistories
+from grstream.ledger import Ledger
 from grstream.snapshots import SnapshotError
 
 logger = logging.getLogger(__name__)
@@ -65,12 +71,23 @@ class SnapshotFiles:
             self._directory.mkdir(parents=True, exist_ok=True)
             histories.snapshot(self._path(offset), offset)
 
-    def prune(self, base: int) -> None:
-        """Keep those from which a resume at `base` or later may start, and the newest few."""
+    def prune(self, base: int, resume: int) -> None:
+        """Keep those from which a resume at `base` or later may start, and the newest few, while young.
+
+        Old ones may hold users that were forgotten since, and so may what killed writers left behind. Of
+        them stay the newest of all, which stands at the position, and the one that a resume at `resume`
+        begins with.
+        """
         offsets = self.offsets()
+        young = time.time() - (self._config.forget_within_s - self._config.source.recycle_s)
         first = max(0, min(bisect.bisect_right(offsets, base) - 1, len(offsets) - KEPT))
-        for offset in offsets[:first]:
-            self._path(offset).unlink(missing_ok=True)
+        needed = {*offsets[-1:], *[o for o in offsets if o <= resume][-1:]}
+        for i, offset in enumerate(offsets):
+            if i < first or (offset not in needed and _written(self._path(offset)) <= young):
+                self._path(offset).unlink(missing_ok=True)
+        for scratch in self._directory.glob(".*"):
+            if _written(scratch) <= young:
+                scratch.unlink(missing_ok=True)
 
     def _path(self, offset: int) -> pathlib.Path:
         return self._directory / f"o{offset:020d}.arrow"
@@ -90,10 +107,18 @@ class Snapshooter:
     def write(self, states: Iterable[tuple[int, RollingHistories, int]]) -> None:
         """Write one snapshot each of these partitions' histories as of these offsets."""
         began = time.monotonic()
-        needed = self._checkpoints.oldest_ledger()
+        needed = self._checkpoints.ledgers() or [Ledger()]
         for partition, histories, offset in states:
             files = SnapshotFiles(self._config, partition)
             files.write(histories, offset)
-            files.prune((needed.watermark(partition) if needed else None) or 0)
+            files.prune(*(ledger.watermark(partition) or 0 for ledger in (needed[0], needed[-1])))
         ended = time.monotonic()
         self._next = ended + max(self._every_s, (ended - began) / SHARE)
+
+
+def _written(path: pathlib.Path) -> float:
+    """When, in seconds since 1970; 0 for a file that is gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -208,10 +208,11 @@ class HistoryTail:
         if records:
             offsets = np.fromiter((r.offset for r in records), np.int64, len(records))
             times = np.fromiter((r.timestamp for r in records), np.int64, len(records))
-            decoded = self._decoder.decode(partition, offsets, [r.value for r in records], times)
+            values, keys = [r.value for r in records], [r.key for r in records]
+            decoded = self._decoder.decode(partition, offsets, values, times, keys)
         with self._lock:
             if decoded is not None:
-                held.histories.append(decoded.batch)
+                held.histories.append(decoded.batch, tombstones=decoded.tombstones)
                 self._rejected += len(decoded.rejected)
             held.position = max(held.position, position)
 

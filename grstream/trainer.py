@@ -306,7 +306,11 @@ class Trainer:
     def _open_predictions(self) -> PredictionLog | None:
         if not (self._journal and self._config.train.log_predictions):
             return None
-        return PredictionLog(self._config.storage / "predictions", self._journal.mark.run)
+        return PredictionLog(
+            self._config.storage / "predictions",
+            self._journal.mark.run,
+            self._config.train.predictions_kept_s,
+        )
 
     def _settled(self) -> dict[str, int]:
         return {d.name.lower(): self._ledger.count(d) for d in Disposition}

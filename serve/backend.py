@@ -4,7 +4,8 @@ import asyncio
 import concurrent.futures
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from ray.exceptions import (
     GetTimeoutError,
@@ -33,6 +34,9 @@ from serve.errors import QueueFull, Unavailable
 from serve.gateway import UserHistory
 from serve.schemas import Appended, ReadyAnswer, ShardState
 from serve.writer import ActionWriter
+
+P = TypeVar("P")
+T = TypeVar("T")
 
 WRITERS = 16  # posts that wait for acknowledgements at once, each a few milliseconds
 PARTITIONS_S = 10.0  # between questions for the number of partitions
@@ -86,11 +90,17 @@ class RayBackend:
             return found
 
     async def append(self, events: Sequence[ActionEvent]) -> list[Appended]:
+        return await self._post(self._writer.append, events)
+
+    async def forget(self, user: Id) -> Appended:
+        return await self._post(self._writer.forget, user)
+
+    async def _post(self, write: Callable[[P], T], what: P) -> T:
         if self._posting >= self._queue:
             raise Unavailable("queue_full", f"{self._posting} posts wait for the log already")
         self._posting += 1
         try:
-            posted = self._writers.submit(self._writer.append, events)
+            posted = self._writers.submit(write, what)
             return await asyncio.wrap_future(posted)
         finally:
             self._posting -= 1

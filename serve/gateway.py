@@ -41,6 +41,7 @@ from serve.schemas import (
     Appended,
     Candidate,
     ErrorAnswer,
+    ForgetAnswer,
     Found,
     HistoryAnswer,
     HistoryEvent,
@@ -80,6 +81,8 @@ class Backend(Protocol):
 
     async def append(self, events: Sequence[ActionEvent]) -> list[Appended]: ...
 
+    async def forget(self, user: Id) -> Appended: ...
+
     async def manifest(self) -> Manifest: ...
 
     async def readiness(self) -> ReadyAnswer: ...
@@ -107,6 +110,7 @@ def create_app(config: Config, backend: Backend) -> fastapi.FastAPI:
     app.post("/v1/retrieve", response_model=RetrieveAnswer)(gateway.retrieve)
     app.post("/v1/actions", response_model=ActionsAnswer)(gateway.actions)
     app.get("/v1/users/{user_id:path}/history", response_model=HistoryAnswer)(gateway.user_history)
+    app.delete("/v1/users/{user_id:path}", response_model=ForgetAnswer, status_code=202)(gateway.forget)
     app.get("/v1/model", response_model=ModelAnswer)(gateway.model)
     app.get("/healthz")(gateway.healthz)
     app.get("/readyz", response_model=ReadyAnswer)(gateway.readyz)
@@ -188,10 +192,7 @@ class _Gateway:
 
     async def user_history(self, user_id: str, ids_as_strings: bool = False) -> Response:
         """The events that the next scores of a user will be computed from."""
-        try:
-            user = canonical_id(user_id)
-        except ValueError as error:
-            raise Invalid(str(error), "user_id") from error
+        user = _user(user_id)
         async with self._patience():
             held = await self._backend.history(user)
         history, shown = held.history, _as_given(ids_as_strings)
@@ -210,6 +211,14 @@ class _Gateway:
                 ],
             )
         )
+
+    async def forget(self, user_id: str, ids_as_strings: bool = False) -> Response:
+        """Forget a user: a tombstone in the log, which everything that holds histories carries out."""
+        user = _user(user_id)
+        placed = await self._backend.forget(user)
+        shown = _as_given(ids_as_strings)
+        answer = ForgetAnswer(user_id=shown(user), partition=placed.partition, offset=placed.offset)
+        return _json(answer, status=202)
 
     async def model(self) -> Response:
         """The weights version being served, and what of the stream it has learned from."""
@@ -325,9 +334,17 @@ def _as_given(as_strings: bool) -> Any:
     return str if as_strings else (lambda value: value)
 
 
-def _json(answer: pydantic.BaseModel) -> Response:
+def _user(user_id: str) -> Id:
+    """The user that a path names."""
+    try:
+        return canonical_id(user_id)
+    except ValueError as error:
+        raise Invalid(str(error), "user_id") from error
+
+
+def _json(answer: pydantic.BaseModel, status: int = 200) -> Response:
     """Serialised once: FastAPI would validate and copy the model again."""
-    return Response(answer.model_dump_json(), media_type="application/json")
+    return Response(answer.model_dump_json(), status, media_type="application/json")
 
 
 def _now_ms() -> int:

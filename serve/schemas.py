@@ -113,6 +113,14 @@ class ActionsAnswer(_Answer):
     results: list[Appended] = pydantic.Field(description="in the order of the events")
 
 
+class ForgetAnswer(_Answer):
+    """Where a user's tombstone stands: a history as of a later position does not go back behind it."""
+
+    user_id: Id
+    partition: int
+    offset: int
+
+
 class HistoryEvent(_Answer):
     item_id: Id
     actions: list[str]

@@ -1,6 +1,8 @@
 """Predictions are kept, and set beside what any recommender must beat."""
 
+import os
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -46,7 +48,7 @@ def test_a_model_that_says_what_the_best_rate_says_has_no_margin() -> None:
 
 def test_a_prediction_made_again_after_a_crash_replaces_the_first(tmp_path: pathlib.Path) -> None:
     events = stream(100)
-    first, second = PredictionLog(tmp_path, "0001"), PredictionLog(tmp_path, "0002")
+    first, second = PredictionLog(tmp_path, "0001", 60), PredictionLog(tmp_path, "0002", 60)
     first.append(events.where(events.offsets < 70))
     first.flush()
     again = events.where(events.offsets >= 50)
@@ -60,8 +62,20 @@ def test_a_prediction_made_again_after_a_crash_replaces_the_first(tmp_path: path
     assert np.array_equal(got.labels, events.labels)
 
 
+def test_predictions_go_by_age(tmp_path: pathlib.Path) -> None:
+    log = PredictionLog(tmp_path, "run", 60)
+    for offsets in (range(10), range(10, 20)):
+        events = stream(20)
+        log.append(events.where(np.isin(events.offsets, offsets)))
+        log.flush()
+        if offsets.start == 0:
+            [first] = tmp_path.iterdir()
+            os.utime(first, (time.time() - 61, time.time() - 61))
+    assert read(tmp_path).offsets.tolist() == list(range(10, 20))
+
+
 def test_an_empty_log_says_how_to_get_one(tmp_path: pathlib.Path) -> None:
-    PredictionLog(tmp_path, "run").flush()
+    PredictionLog(tmp_path, "run", 60).flush()
     with pytest.raises(FileNotFoundError, match="log_predictions"):
         read(tmp_path)
 

@@ -25,9 +25,14 @@ def wire(event: object) -> bytes:
     return json.dumps(event).encode()
 
 
-def decode(values: list[bytes | None], config: EventsConfig = CONFIG, now: int = NOW) -> Decoded:
+def decode(
+    values: list[bytes | None],
+    config: EventsConfig = CONFIG,
+    now: int = NOW,
+    keys: list[bytes | None] | None = None,
+) -> Decoded:
     return EventDecoder(config).decode(
-        3, 100 + np.arange(len(values)), values, np.full(len(values), now, np.int64)
+        3, 100 + np.arange(len(values)), values, np.full(len(values), now, np.int64), keys
     )
 
 
@@ -41,7 +46,7 @@ def rows(decoded: Decoded) -> dict[int, tuple[Any, ...]]:
         )
     }
     said |= {r.offset: (r.reason, r.field) for r in decoded.rejected}
-    said |= {offset: () for offset in decoded.tombstones}
+    said |= {offset: () for offset in decoded.tombstones.offsets.tolist()}
     return said
 
 
@@ -134,11 +139,22 @@ def test_integers_above_2_to_53_are_exact_and_a_decimal_string_is_the_integer() 
 
 
 def test_tombstones_and_dead_letters_and_events_keep_their_offsets() -> None:
-    decoded = decode([wire(GOOD), None, b"", wire(GOOD), b"\xff\x00", None])
+    values = [wire(GOOD), None, b"", wire(GOOD), b"\xff\x00", None]
+    decoded = decode(values, keys=[b"7", b"7", None, b"7", b"7", b"ann"])
     assert decoded.batch.offsets.tolist() == [100, 103]
-    assert decoded.tombstones == [101, 105]
+    assert decoded.tombstones.offsets.tolist() == [101, 105]
+    assert decoded.tombstones.users.tolist() == [key_of(Namespace.USER, user) for user in (7, "ann")]
     assert [r.offset for r in decoded.rejected] == [102, 104]
     assert len(decode([]).batch) == 0
+
+
+@pytest.mark.parametrize("key", [None, b"", b"\xff"])
+def test_a_record_without_a_value_whose_key_spells_no_user_is_a_dead_letter(key: bytes | None) -> None:
+    decoded = decode([None, wire(GOOD)], keys=[key, b"7"])
+    assert len(decoded.tombstones) == 0
+    assert [(r.offset, r.field) for r in decoded.rejected] == [(100, "key")]
+    assert "spells none" in decoded.rejected[0].reason
+    assert decoded.batch.offsets.tolist() == [101]
 
 
 def test_a_record_without_a_time_has_no_future() -> None:
@@ -232,7 +248,8 @@ def test_a_record_decodes_the_same_alone_in_company_and_by_the_schema(
             decoder = EventDecoder(config)
             times = np.full(len(warm), NOW)
             decoder.decode(0, np.arange(len(warm)), warm, times)  # leaves its guesses behind
-            return rows(decoder.decode(0, np.arange(len(values)), values, np.full(len(values), NOW)))
+            times = np.full(len(values), NOW)
+            return rows(decoder.decode(0, np.arange(len(values)), values, times, [b"7"] * len(values)))
 
     schema = EventSchema(config)
     expected = {}
@@ -260,7 +277,7 @@ def test_a_record_decodes_the_same_alone_in_company_and_by_the_schema(
         )
     assert decoded(slow_at_most=1) == expected  # all that can go the fast way does
     assert decoded(slow_at_most=32) == expected
-    alone = [decode([value], config) for value in values]
+    alone = [decode([value], config, keys=[b"7"]) for value in values]
     assert [rows(d)[100] for d in alone] == list(expected.values())
 
 

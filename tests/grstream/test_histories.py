@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grstream.config import HistoriesConfig
-from grstream.events import EventBatch
+from grstream.events import EventBatch, Tombstones
 from grstream.histories import OffsetOrderError, RollingHistories
 from grstream.ledger import Disposition, OffsetRange
 from grstream.microbatch import Role
@@ -59,13 +59,29 @@ def test_a_late_event_in_front_of_a_new_one_leaves_that_one_what_it_came_upon() 
 
 def test_new_events_of_a_forgotten_user_are_still_emitted_and_it_begins_again() -> None:
     histories = make()
-    histories.append(batch([7, 7]))
-    assert histories.forget(7)
-    assert not histories.forget(7)
+    histories.append(batch([7, 7]), tombstones=Tombstones.of([(2, 7), (3, 8)]))
     assert len(histories.history(7).items) == 0
-    histories.append(batch([7], start=2))
-    assert histories.pack().items.tolist() == [0, 1, 2]
-    assert (histories.history(7).epoch, histories.history(7).appended) == (2, 1)
+    with pytest.raises(OffsetOrderError, match="beyond 3"):
+        histories.append(batch([7], start=3))
+    histories.append(batch([7], start=4))
+    packed = histories.pack()
+    assert packed.items.tolist() == [0, 1, 4]
+    assert packed.lengths.tolist() == [2, 1]
+    assert (histories.history(7).epoch, histories.history(7).appended) == (4, 1)
+
+
+def test_an_event_of_before_a_tombstone_that_is_sent_again_does_not_bring_the_user_back() -> None:
+    histories = make()
+    histories.append(batch([7], keys=[5]), tombstones=Tombstones.of([(1, 7)]))
+    histories.append(batch([7], start=2, keys=[5]))
+    assert len(histories.history(7).items) == 0
+
+
+def test_names_of_one_fetch_hold_on_both_sides_of_a_tombstone() -> None:
+    histories = make()
+    names = {i: str(i) for i in range(10_000)}
+    histories.append(batch([7] * 10_000, names=names), tombstones=Tombstones.of([(20_000, 8)]))
+    assert histories.pack().item_names == names
 
 
 def test_a_micro_batch_settles_what_its_reader_settled_with_the_rest() -> None:

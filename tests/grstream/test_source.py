@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import pathlib
 import subprocess
 import threading
@@ -18,10 +19,11 @@ import kafka.admin
 import numpy as np
 import pytest
 
+from grstream import checkpoints
 from grstream import config as configs
 from grstream.histories import RollingHistories
 from grstream.kafka import TopicMissing, create_topic, partition_count, producer
-from grstream.keys import partition_key
+from grstream.keys import Namespace, key_of, partition_key
 from grstream.ledger import Disposition, Ledger, OffsetRange
 from grstream.microbatch import MicroBatch, Role
 from grstream.reader import LogReader, LogTruncated, OffsetGap, PartitionReader
@@ -85,6 +87,7 @@ def ledger_of(batches: list[MicroBatch]) -> Ledger:
 class Record(NamedTuple):
     offset: int
     value: bytes | None
+    key: bytes
     timestamp: int = 1_700_000_000_000
 
 
@@ -97,7 +100,8 @@ def logs(draw: st.DrawFn) -> list[Record]:
         user, late = draw(st.integers(0, 2)), draw(st.sampled_from([0, 0, 500]))
         plain = event(user, i, 1_700_000_000_000 + i - late)
         named = event(user, i, event_id=str(draw(st.integers(0, 5))))
-        records.append(Record(offset, draw(st.sampled_from([plain, plain, named, b"poison", None]))))
+        value = draw(st.sampled_from([plain, plain, named, b"poison", None]))
+        records.append(Record(offset, value, partition_key(user)))
     return records
 
 
@@ -199,6 +203,7 @@ def test_a_dead_letter_is_delivered_with_its_reason_and_place(config: configs.Co
     headers = {name: value.decode() for name, value in letter.headers}
     assert letter.value == b'{"user_id": 1}'
     assert (headers["partition"], headers["offset"], headers["field"]) == ("0", "1", "item_id")
+    assert headers["key"] == "1"
 
 
 def test_a_micro_batch_is_flushed_at_its_size(config: configs.Config) -> None:
@@ -251,6 +256,77 @@ def test_a_reader_without_a_partition_returns(config: configs.Config) -> None:
     config = config.model_copy(update={"source": config.source.model_copy(update={"readers": 2})})
     create_topic(config.kafka, 1)
     assert list(LogReader(config, 1, Ledger(), None).batches()) == []
+
+
+def test_a_forgotten_user_is_gone_from_the_next_snapshot_and_for_a_resumed_reader(
+    config: configs.Config,
+) -> None:
+    create_topic(config.kafka, 1)
+    values = events(40, users=2)
+    values[20] = (1, None)
+    values[21:] = [(0, value) for _, value in events(40, users=1)[21:]]
+    send(config, values)
+    ann, bob = (key_of(Namespace.USER, user) for user in (1, 0))
+    files = SnapshotFiles(config, 0)
+    first = read(config, until=Until(offsets={0: 20}))
+    held = files.restore(0)
+    assert held
+    assert len(held[0].history(ann).items)
+    second = read(config, ledger_of(first), Until(offsets={0: 30}))
+    assert OffsetRange(0, 20, 21, Disposition.TOMBSTONE) in second[0].ranges
+    held = files.restore(0)
+    assert held
+    assert held[1] == 30
+    assert len(held[0].history(ann).items) == 0
+    assert len(held[0].history(bob).items)
+    assert ann.to_bytes(8, "little", signed=True) not in files._path(30).read_bytes()
+    send(config, [(1, event(1, 77))])
+    third = read(config, ledger_of([*first, *second]))
+    assert behind(third)[0, 40] == [key_of(Namespace.ITEM, 77)]
+
+
+def test_a_record_without_a_value_that_names_no_user_is_a_dead_letter(config: configs.Config) -> None:
+    create_topic(config.kafka, 1)
+    with contextlib.closing(producer(config.kafka)) as out:
+        out.send(config.kafka.topic, None, key=b"\xff", partition=0)
+        out.flush()
+    [batch] = read(config)
+    assert batch.ranges == (OffsetRange(0, 0, 1, Disposition.DEAD_LETTER),)
+
+
+def test_snapshots_that_may_hold_a_forgotten_user_go_in_time(tmp_path: pathlib.Path) -> None:
+    config = make_config(tmp_path).model_copy(update={"forget_within_s": 5000.0})
+    files = SnapshotFiles(config, 0)
+    for offset in range(10, 90, 10):
+        files.write(RollingHistories(config.histories, features=0, partition=0), offset)
+    scratch, now = files._path(30).with_name(".o0-killed"), time.time()
+    scratch.write_bytes(b"half")
+    for path in (*map(files._path, (50, 60, 80)), scratch):
+        os.utime(path, 2 * (now - 5000 + config.source.recycle_s,))
+    for path in map(files._path, (40, 70)):
+        os.utime(path, 2 * (now - 4000 + config.source.recycle_s,))
+    files.prune(40, 65)
+    # 50 is old; 60 is, too, but the newest checkpoint's; 80 stands where the reader does.
+    assert files.offsets() == [40, 60, 70, 80]
+    assert not scratch.exists()
+
+
+def test_snapshots_go_by_what_the_checkpoints_hold(config: configs.Config) -> None:
+    create_topic(config.kafka, 1)
+    files, store = SnapshotFiles(config, 0), checkpoints.CheckpointStore(config.storage / "checkpoints")
+    batches: list[MicroBatch] = []
+    for number in range(1, 6):
+        send(config, events(10))
+        batches += read(config, ledger_of(batches))
+        record = checkpoints.Record(
+            number=number, run="run", entries=0, step=0, events=0, newest_event_ms=0, created_ms=0
+        )
+        store.write(record, ledger_of(batches), lambda directory: None)
+    assert files.offsets() == [10, 20, 30, 40, 50]
+    for offset in (10, 20, 30, 40):
+        os.utime(files._path(offset), (0, 0))
+    read(config, ledger_of(batches))  # a quiet execution
+    assert files.offsets() == [50]
 
 
 @pytest.mark.parametrize("snapshot", [True, False])
@@ -462,5 +538,5 @@ def test_snapshots_are_kept_that_the_oldest_checkpoint_may_need(
     files = SnapshotFiles(config, 0)
     for offset in range(10, 90, 10):
         files.write(RollingHistories(config.histories, features=0, partition=0), offset)
-    files.prune(base)
+    files.prune(base, base)
     assert files.offsets() == list(range(90 - 10 * left, 90, 10))

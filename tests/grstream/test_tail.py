@@ -51,6 +51,12 @@ def post(config: Config, events: list[ActionEvent]) -> None:
         log.flush(timeout=10)
 
 
+def forget(config: Config, user: Id) -> None:
+    with contextlib.closing(producer(config.kafka)) as log:
+        log.send(config.kafka.topic, None, key=partition_key(user))
+        log.flush(timeout=10)
+
+
 @contextlib.contextmanager
 def tailing(config: Config, shard: int = 0, shards: int = 1) -> Iterator[HistoryTail]:
     tail = HistoryTail(config, shard, shards)
@@ -87,6 +93,7 @@ def test_a_tail_holds_what_the_same_histories_folded_from_the_whole_log_hold(kaf
     with tailing(config, 0, 2) as even, tailing(config, 1, 2) as odd:
         eventually(lambda: even.status().caught_up and odd.status().caught_up)
         for i in range(250, 600, 50):
+            forget(config, users[i // 50])
             post(config, events[i : i + 50])
         ends = log_ends(config, 3)
         eventually(lambda: {**even.status().positions, **odd.status().positions} == ends)
@@ -128,8 +135,9 @@ def folded(config: Config, partitions: int) -> dict[int, RollingHistories]:
                     offsets, times = (
                         np.array([getattr(r, f) for r in records]) for f in ("offset", "timestamp")
                     )
-                    values = [r.value for r in records]
-                    out[partition].append(decoder.decode(partition, offsets, values, times).batch)
+                    values, keys = [r.value for r in records], [r.key for r in records]
+                    decoded = decoder.decode(partition, offsets, values, times, keys)
+                    out[partition].append(decoded.batch, tombstones=decoded.tombstones)
     return out
 
 
@@ -144,6 +152,21 @@ def test_an_action_shows_in_a_history_without_waiting_for_others(kafka_bootstrap
         status = tail.status()
         assert (status.connected, status.positions, status.gaps, status.reason) == (True, {0: 1}, 0, None)
         eventually(lambda: tail.status().lag == 0)
+
+
+def test_a_forgotten_user_has_no_history_and_what_it_does_later_begins_another(kafka_bootstrap: str) -> None:
+    config = config_for(kafka_bootstrap)
+    create_topic(config.kafka, 1)
+    post(config, [event(1, 5, 10), event(2, 5, 10), event(1, 6, 11)])
+    with tailing(config) as tail:
+        eventually(lambda: length(tail, 1, 1) == 2)
+        forget(config, 1)
+        eventually(lambda: length(tail, 1, 1) == 0)
+        assert length(tail, 2, 1) == 1
+        post(config, [event(1, 7, 12)])
+        eventually(lambda: length(tail, 1, 1) == 1)
+        assert tail.history(key_of(Namespace.USER, 1), 0)[0].epoch == 4
+        assert tail.status().rejected == 0
 
 
 def test_a_tail_that_begins_at_a_snapshot_holds_what_one_from_the_start_of_the_log_holds(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from grstream.config import EventsConfig
 from grstream.events import Decoded, EventDecoder
+from grstream.keys import Namespace, key_of
 
 CONFIG = EventsConfig(actions=["click", "like"], context=["country"])
 
@@ -30,8 +31,17 @@ poison = st.sampled_from([b"", b"{}", b"{", b"\xff", b"[]", b'{"user_id":1}{"use
 logs = st.lists(st.one_of(events, events, events, poison, st.none()), max_size=60)
 
 
+KEYS = [b"7", b"ann", None, b"", b"\xff"]  # by offset, over and over
+READABLE = 2
+
+
 def decode(decoder: EventDecoder, log: list[bytes | None], start: int, stop: int) -> Decoded:
-    return decoder.decode(0, np.arange(start, stop), log[start:stop], np.arange(start, stop))
+    keys = [KEYS[offset % len(KEYS)] for offset in range(start, stop)]
+    return decoder.decode(0, np.arange(start, stop), log[start:stop], np.arange(start, stop), keys)
+
+
+def tombstones_of(decoded: Decoded) -> list[tuple[int, int]]:
+    return list(zip(decoded.tombstones.offsets.tolist(), decoded.tombstones.users.tolist(), strict=True))
 
 
 def events_of(decoded: Decoded) -> list[tuple[Any, ...]]:
@@ -49,13 +59,17 @@ def test_however_a_log_is_cut_its_records_decode_the_same(log: list[bytes | None
     parts = [decode(decoder, log, a, b) for a, b in itertools.pairwise(bounds)]
     assert [event for part in parts for event in events_of(part)] == events_of(whole)
     assert [letter for part in parts for letter in part.rejected] == whole.rejected
-    assert [offset for part in parts for offset in part.tombstones] == whole.tombstones
+    assert [tombstone for part in parts for tombstone in tombstones_of(part)] == tombstones_of(whole)
 
 
 @given(logs)
 def test_every_record_is_an_event_or_a_dead_letter_or_a_tombstone(log: list[bytes | None]) -> None:
     decoded = decode(EventDecoder(CONFIG), log, 0, len(log))
-    ended = [*decoded.batch.offsets.tolist(), *(r.offset for r in decoded.rejected), *decoded.tombstones]
+    tombstones = tombstones_of(decoded)
+    ended = [*decoded.batch.offsets.tolist(), *(r.offset for r in decoded.rejected), *dict(tombstones)]
     assert sorted(ended) == list(range(len(log)))
-    assert decoded.tombstones == [offset for offset, value in enumerate(log) if value is None]
+    assert [r.offset for r in decoded.rejected] == sorted(r.offset for r in decoded.rejected)
+    empty = [offset for offset, value in enumerate(log) if value is None]
+    users = [key_of(Namespace.USER, user) for user in (7, "ann")]
+    assert tombstones == [(o, users[o % len(KEYS)]) for o in empty if o % len(KEYS) < READABLE]
     assert all(rejected.reason for rejected in decoded.rejected)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grstream.config import HistoriesConfig
-from grstream.events import EventBatch
+from grstream.events import EventBatch, Tombstones
 from grstream.histories import RollingHistories
 from grstream.keys import ABSENT
 from grstream.ledger import Disposition, Ledger
@@ -32,6 +32,7 @@ class Event:
     time: int
     key: int
     new: bool
+    forgets: bool = False  # a tombstone of the user
 
     @property
     def item(self) -> int:  # tells every event apart
@@ -59,6 +60,9 @@ class Fold:
 
     def take(self, event: Event) -> None:
         config = self.config
+        if event.forgets:
+            self.users.pop(event.user, None)
+            return
         if event.key != ABSENT:
             last = self.accepted.get(event.key)
             if last is not None and event.offset - last <= config.duplicate_window:
@@ -90,6 +94,12 @@ class Fold:
         ):
             del self.users[min(self.users, key=lambda u: self.users[u].active)]
             self.counted["evicted"] += 1
+
+
+def append(histories: RollingHistories, records: list[Event]) -> None:
+    events = [e for e in records if not e.forgets]
+    tombstones = Tombstones.of([(e.offset, e.user) for e in records if e.forgets])
+    histories.append(batch_of(events), np.array([e.new for e in events], np.bool_), tombstones)
 
 
 def batch_of(events: list[Event]) -> EventBatch:
@@ -133,12 +143,14 @@ def logs(draw) -> list[Event]:
     jump = draw(st.sampled_from([0, 2, 30]))
     repeats = draw(st.sampled_from([0.0, 0.3]))
     replayed = draw(st.sampled_from([0.0, 0.3]))
+    forgotten = draw(st.sampled_from([0.0, 0.1]))
     offset, events = random.randrange(3), []
     for i in range(count):
         user = min(int(random.expovariate(1) * users / 2), users - 1)
         time = 1000 + i + (random.randint(-jump, jump) if random.random() < 0.4 else 0)
         key = random.randint(1, 15) if random.random() < repeats else random.choice([ABSENT, 1000 + i])
-        events.append(Event(offset, user, time, key, random.random() >= replayed))
+        forgets = random.random() < forgotten
+        events.append(Event(offset, user, time, key, random.random() >= replayed, forgets))
         offset += 1 if random.random() < 0.9 else random.randint(2, 9)
     return events
 
@@ -196,6 +208,7 @@ def sequences(batch: MicroBatch):
 
 def assert_packed(batches: list[MicroBatch], events: list[Event], reference: Fold) -> None:
     """Each new event stands once, behind exactly what it came upon; each offset has its disposition."""
+    events = [e for e in events if not e.forgets]  # whose offsets are not the histories' to settle
     by_offset = {e.offset: e for e in events}
     seen = []
     for batch in batches:
@@ -227,7 +240,7 @@ def run(config: HistoriesConfig, events: list[Event], at: list[int], packs: list
     """Append in pieces cut at `at`, pack after the pieces listed; the end, and the micro-batches."""
     histories, batches = make(config), []
     for i, piece in enumerate(pieces(events, at)):
-        histories.append(batch_of(piece), np.array([e.new for e in piece], np.bool_))
+        append(histories, piece)
         if i in packs:
             batches.append(histories.pack())
     batches.append(histories.pack())
@@ -273,7 +286,7 @@ def test_a_restored_reader_goes_on_as_if_it_had_read_everything(
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "snapshot"
         for i, piece in enumerate(pieces(events, at)):
-            histories.append(batch_of(piece), np.array([e.new for e in piece], np.bool_))
+            append(histories, piece)
             emitted += piece
             if i == restored_after:
                 next_offset = emitted[-1].offset + 1 if emitted else 0
@@ -295,7 +308,7 @@ def test_a_reader_that_does_not_train_has_the_same_histories(config, events, at)
     server = make(config, track_new=False)
     trainer, _ = run(config, events, [], [])
     for piece in pieces(events, at):
-        server.append(batch_of(piece))
+        append(server, piece)
         for user in range(12):
             server.history(user)
     assert_state(server, fold(config, events))
@@ -304,3 +317,21 @@ def test_a_reader_that_does_not_train_has_the_same_histories(config, events, at)
         for path, histories in zip(paths, (server, trainer), strict=True):
             histories.snapshot(path, 10_000)
         assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=configs(), events=logs())
+def test_a_history_that_begins_anew_has_an_epoch_beyond_all_that_its_user_had(config, events) -> None:
+    histories = make(config)
+    highest: dict[int, int] = dict.fromkeys(range(13), -1)
+    present: set[int] = set()
+    for event in events:
+        append(histories, [event])
+        for user in highest:
+            held = histories.history(user)
+            if not held.appended:
+                present.discard(user)
+                continue
+            assert held.epoch >= highest[user] if user in present else held.epoch > highest[user]
+            present.add(user)
+            highest[user] = held.epoch

@@ -190,6 +190,19 @@ def test_an_action_posted_is_in_the_next_scores(application: Application) -> Non
 
 
 @pytest.mark.ray_cluster
+def test_a_user_that_is_forgotten_has_no_history(application: Application) -> None:
+    application.post(11, [3, 4])
+    eventually(lambda: application.rank(user=11)["history_length"] == 2)
+    answer = application.client.delete("/v1/users/11")
+    assert answer.status_code == 202
+    after = eventually(lambda: (r := application.rank(user=11))["history_length"] == 0 and r)
+    assert after["position"]["offset"] > answer.json()["offset"]
+    assert application.client.get("/v1/users/11/history").json()["events"] == []
+    application.post(11, [5])
+    eventually(lambda: application.rank(user=11)["history_length"] == 1)
+
+
+@pytest.mark.ray_cluster
 def test_a_new_version_is_served_without_a_restart_and_a_corrupt_or_unusable_one_never(
     application: Application,
 ) -> None:

@@ -51,6 +51,7 @@ class FakeBackend:
     def __init__(self) -> None:
         self.histories: dict[Id, History] = {"eve": history([(5, 1, 10), ("a/b", 2, 20), (-3, 3, 30)])}
         self.sent: list[ActionEvent] = []
+        self.forgotten: list[Id] = []
         self.features: Keys | None = None
         self.at_ms = -1
         self.exclude: Keys | None = None
@@ -81,6 +82,12 @@ class FakeBackend:
             await self.broken()
         self.sent += events
         return [Appended(partition=1, offset=i) for i in range(len(events))]
+
+    async def forget(self, user: Id) -> Appended:
+        if self.broken:
+            await self.broken()
+        self.forgotten.append(user)
+        return Appended(partition=2, offset=9)
 
     async def manifest(self) -> Manifest:
         if self.broken:
@@ -300,6 +307,22 @@ def test_a_history_is_shown_with_its_ids_and_actions(client: TestClient, backend
     backend.histories["a/b"] = history([(1, 1, 1)])
     assert client.get("/v1/users/a%2Fb/history").json()["history_length"] == 1
     assert client.get("/v1/users/-7/history?ids_as_strings=true").json()["user_id"] == "-7"
+
+
+def test_a_user_is_forgotten_by_its_canonical_id(client: TestClient, backend: FakeBackend) -> None:
+    answer = client.delete("/v1/users/7")
+    assert answer.status_code == 202
+    assert answer.json() == {"user_id": 7, "partition": 2, "offset": 9}
+    assert client.delete("/v1/users/a%2Fb?ids_as_strings=true").json()["user_id"] == "a/b"
+    assert client.delete("/v1/users/history").status_code == 202
+    assert backend.forgotten == [7, "a/b", "history"]
+
+
+def test_a_user_is_not_forgotten_while_the_log_is_away(client: TestClient, backend: FakeBackend) -> None:
+    backend.broken = raising(Unavailable("broker_unavailable", "away", acknowledged=[None]))
+    answer = client.delete("/v1/users/7")
+    assert (answer.status_code, error_of(answer)["type"]) == (503, "broker_unavailable")
+    assert "Retry-After" in answer.headers
 
 
 def test_the_model_says_what_it_has_learned_from(client: TestClient) -> None:

@@ -1,13 +1,15 @@
+import contextlib
 import pathlib
 import time
 import uuid
 from typing import Any
 
+import kafka
 import pytest
 
 from grstream.config import Config, parse
 from grstream.events import ActionEvent
-from grstream.kafka import create_topic, partition_of
+from grstream.kafka import consumer, create_topic, partition_of
 from serve.errors import Refusal, Unavailable
 from serve.writer import ActionWriter
 
@@ -40,6 +42,26 @@ def test_each_event_is_told_where_it_stands_in_the_log(kafka_bootstrap: str) -> 
         offsets = [p.offset for p in placed if p.partition == partition]
         assert offsets == list(range(len(offsets))), "one user's events stand in the order given"
     writer.close()
+
+
+def test_a_tombstone_goes_to_every_partition_and_tells_of_the_users_own(kafka_bootstrap: str) -> None:
+    config = config_for(kafka_bootstrap)
+    create_topic(config.kafka, 3)
+    writer = ActionWriter(config)
+    writer.append([event(1), event(1)])
+    placed = writer.forget(1)
+    assert (placed.partition, placed.offset) == (partition_of(1, 3), 2)
+    writer.close()
+    with contextlib.closing(consumer(config.kafka)) as log:
+        partitions = [kafka.TopicPartition(config.kafka.topic, p) for p in range(3)]
+        log.assign(partitions)
+        log.seek_to_beginning(*partitions)
+        found = []
+        while len(found) < 5:
+            found += [r for records in log.poll(1000).values() for r in records]
+    empty = [r for r in found if r.value is None]
+    assert sorted(r.partition for r in empty) == [0, 1, 2]
+    assert {r.key for r in empty} == {b"1"}
 
 
 def test_an_event_too_large_for_the_log_is_named(kafka_bootstrap: str) -> None:
@@ -78,6 +100,9 @@ def test_a_broker_that_is_away_is_reported_within_the_time_of_a_request_and_used
         assert time.monotonic() - began < 4
         assert caught.value.problem.type == "broker_unavailable"
         assert caught.value.problem.acknowledged == [None, None]
+        with pytest.raises(Unavailable) as caught:
+            lost.forget(2)
+        assert caught.value.problem.type == "broker_unavailable"
     with broker_process(tmp_path, int(bootstrap.rsplit(":", 1)[1])):
         deadline = time.monotonic() + 20
         while True:
