@@ -24,7 +24,15 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from grstream.config import EventsConfig
-from grstream.keys import ABSENT, Keys, Namespace, canonical_id, keys_of_ints, keys_of_strings
+from grstream.keys import (
+    ABSENT,
+    Keys,
+    Namespace,
+    canonical_id,
+    feature_namespace,
+    keys_of_ints,
+    keys_of_strings,
+)
 
 Rows = npt.NDArray[np.int64]  # indices into a batch's records
 
@@ -87,6 +95,7 @@ class ColumnReader:
         self._config = config
         self._ignoring = config.unknown_fields == "ignore"
         self._actions = pa.array(config.actions, pa.string())
+        self._namespaces = [feature_namespace(name) for name in config.features]
         self._parsers: dict[frozenset[bytes], pa.json.ParseOptions] = {}
         self._strings: frozenset[bytes] = frozenset()  # id fields that were last seen to be strings
         names = {"user_id", "item_id", *config.context, *config.item_features}
@@ -233,7 +242,7 @@ class ColumnReader:
         ):
             for i in range(len(of_field)):
                 column = pc.struct_field(_column(table, field), i)
-                keys, fine, _ = _id_keys(Namespace.FEATURE + f, column)
+                keys, fine, _ = _id_keys(self._namespaces[f], column)
                 given = column.is_valid().to_numpy(zero_copy_only=False)
                 good &= fine | ~given
                 features[:, f] = np.where(given, keys, ABSENT)

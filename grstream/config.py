@@ -12,6 +12,8 @@ from typing import Annotated, Literal, Self
 import pydantic
 import yaml
 
+from grstream.keys import feature_namespace
+
 MAX_ACTIONS = 31  # a set of actions travels as the bits of a non-negative int32
 ACTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.:-]{0,63}")
 
@@ -59,6 +61,15 @@ class EventsConfig(Section):
             names = getattr(self, field)
             if len(set(names)) != len(names):
                 raise ValueError(f"{field} lists a name twice")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _features_have_keys_of_their_own(self) -> Self:
+        columns: dict[int, str] = {}
+        for name in self.features:
+            other = columns.setdefault(feature_namespace(name), name)
+            if other != name:
+                raise ValueError(f"{other} and {name} hash alike and would share keys: rename one of them")
         return self
 
     @property

@@ -20,7 +20,7 @@ import pydantic
 
 from grstream.columns import ColumnReader, Columns, event_keys
 from grstream.config import EventsConfig
-from grstream.keys import ABSENT, INT64_MAX, Id, Keys, Namespace, canonical_id, key_of
+from grstream.keys import ABSENT, INT64_MAX, Id, Keys, Namespace, canonical_id, feature_namespace, key_of
 
 _REASON_CHARS = 300  # a reason quotes what came, which may be a megabyte long
 
@@ -82,6 +82,7 @@ class EventSchema:
     def __init__(self, config: EventsConfig) -> None:
         self.config = config
         self._bit = {name: 1 << bit for bit, name in enumerate(config.actions)}
+        self._namespaces = [feature_namespace(name) for name in config.features]
         self._strict = config.unknown_fields == "reject"
         self._model = ActionEvent if self._strict else _LenientEvent
 
@@ -133,7 +134,8 @@ class EventSchema:
         """One key per configured feature, in the order of `config.features`; ABSENT where not given."""
         given = [event.context.get(name) for name in self.config.context]
         given += [event.item_features.get(name) for name in self.config.item_features]
-        return [ABSENT if v is None else key_of(Namespace.FEATURE + f, v) for f, v in enumerate(given)]
+        columns = zip(self._namespaces, given, strict=True)
+        return [ABSENT if value is None else key_of(namespace, value) for namespace, value in columns]
 
     def _known(self, field: str, given: dict[str, Id], names: list[str]) -> dict[str, Id]:
         unknown = given.keys() - set(names)

@@ -24,12 +24,27 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class Namespace(enum.IntEnum):
-    """What an id names. Feature column f has namespace FEATURE + f."""
+    """What an id names. From FEATURE on they are those of features, see `feature_namespace`."""
 
     USER = 1
     ITEM = 2
     EVENT = 3
     FEATURE = 16
+
+
+# So few bits that the golden ratio's multiples still lie 2**39 apart: integers of two namespaces that differ
+# by less never share a key.
+_FEATURE_BYTES = 3
+
+
+def feature_namespace(column: str) -> int:
+    """The namespace of a feature column's ids: a hash of its name alone, such as `context.device`.
+
+    So a column keeps its keys whatever columns there are beside it. Names that share a namespace must not
+    stand in one configuration.
+    """
+    digest = hashlib.blake2b(column.encode(), digest_size=_FEATURE_BYTES).digest()
+    return Namespace.FEATURE + int.from_bytes(digest, "little")
 
 
 def canonical_id(value: Id) -> Id:

@@ -34,7 +34,7 @@ from grstream.keys import Id, Keys, Namespace, ints_of_keys
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of a version's files; a reader refuses another
+FORMAT = 2  # of a version's files; a reader refuses another. In 1, keys of features were of other namespaces
 MANIFEST, MANIFEST_DIGEST = "manifest.json", "manifest.sha256"
 DENSE, ROWS, NAMES = "dense.safetensors", "rows.safetensors", "item_names.json"
 ORDERS = "orders.json"

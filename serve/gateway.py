@@ -26,6 +26,7 @@ from grstream.keys import (
     Keys,
     Namespace,
     canonical_id,
+    feature_namespace,
     ints_of_keys,
     key_of,
     keys_of_ints,
@@ -122,6 +123,7 @@ class _Gateway:
         self._config = config
         self._backend = backend
         self._schema = EventSchema(config.events)
+        self._namespaces = [feature_namespace(name) for name in config.events.features]
 
     async def rank(self, request: RankRequest) -> Response:
         """Score candidates for a user: the probability of each action, were the item shown now."""
@@ -280,7 +282,7 @@ class _Gateway:
                 self._known_names(field, candidate.item_features, config.item_features)
                 for column, name in enumerate(config.item_features, start=len(config.context)):
                     if name in candidate.item_features:
-                        out[row, column] = key_of(Namespace.FEATURE + column, candidate.item_features[name])
+                        out[row, column] = key_of(self._namespaces[column], candidate.item_features[name])
         return out
 
     def _context_keys(self, context: dict[str, Id]) -> Keys:
@@ -288,8 +290,8 @@ class _Gateway:
         names = self._config.events.context
         self._known_names("context", context, names)
         keys = [
-            key_of(Namespace.FEATURE + column, context[name]) if name in context else ABSENT
-            for column, name in enumerate(names)
+            key_of(namespace, context[name]) if name in context else ABSENT
+            for namespace, name in zip(self._namespaces, names, strict=False)  # context comes first
         ]
         return np.array(keys, np.int64)
 

@@ -21,6 +21,10 @@ GOOD = {"storage": "var/x", "events": {"actions": ["click"]}}
         ({"events": {"actions": ["a", "a"]}}, "twice"),
         ({"events": {"actions": ["no spaces"]}}, "events.actions.0"),
         ({"events": {"actions": [f"a{i}" for i in range(32)]}}, "events.actions"),
+        (
+            {"events": {"actions": ["a"], "item_features": ["f25", "f490"]}},
+            r"item\.f25 and item\.f490 hash alike.*rename one",
+        ),
         ({"model": {"layout": "both"}}, "model.layout"),
         ({"model": {"feedforward": 64}}, "feedforward belongs to encoder: transformer"),
         ({"model": {"encoder": "transformer", "attention": "silu"}}, "attends by softmax"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from grstream import columns
 from grstream.config import EventsConfig
 from grstream.events import ActionEvent, Decoded, EventDecoder, EventSchema, InvalidEvent
-from grstream.keys import ABSENT, INT64_MAX, INT64_MIN, Namespace, key_of
+from grstream.keys import ABSENT, INT64_MAX, INT64_MIN, Namespace, feature_namespace, key_of
 
 CONFIG = EventsConfig(
     actions=["click", "like", "COMMENT_CREATED"], context=["country", "lang"], item_features=["genre"]
@@ -117,7 +117,8 @@ def test_columns_hold_keys_in_their_namespaces_and_the_names_of_string_items() -
     assert batch.users.tolist() == [key_of(Namespace.USER, 7)] * 2
     assert batch.items.tolist() == [key_of(Namespace.ITEM, "Ω-1"), key_of(Namespace.ITEM, -5)]
     assert batch.item_names == {key_of(Namespace.ITEM, "Ω-1"): "Ω-1"}
-    lang, genre = key_of(Namespace.FEATURE + 1, "pt"), key_of(Namespace.FEATURE + 2, 12)
+    lang = key_of(feature_namespace("context.lang"), "pt")
+    genre = key_of(feature_namespace("item.genre"), 12)
     assert batch.features.tolist() == [[ABSENT, lang, genre], [ABSENT] * 3]
     assert batch.event_keys[0] != ABSENT
     assert batch.event_keys[1] == ABSENT

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from grstream import keys
 from grstream.keys import Namespace
 
+names = st.text("abcxyz_.", min_size=1, max_size=12)
 int64 = st.integers(keys.INT64_MIN, keys.INT64_MAX)
 
 
@@ -44,3 +45,16 @@ def test_keys_are_what_they_were_in_every_release() -> None:
     """Keys are stored in checkpoints: a change of the function would lose every embedding."""
     assert keys.key_of(Namespace.ITEM, 12) == -1116705624757328809
     assert keys.key_of(Namespace.ITEM, "a") == 495176881085528829
+
+
+@given(one=names, other=names, ids=st.lists(st.integers(-(2**38), 2**38 - 1), min_size=2, max_size=2))
+def test_a_column_has_keys_of_its_own_by_its_name_alone(one, other, ids) -> None:
+    spaces = [*Namespace, *{keys.feature_namespace(name) for name in (one, other)}]
+    held = {(space, value): keys.key_of(space, value) for space in spaces for value in ids}
+    assert len(set(held.values())) == len(held)
+    assert keys.feature_namespace(one) >= Namespace.FEATURE
+
+
+def test_namespaces_of_columns_are_fixed_for_good() -> None:
+    """What a checkpoint has learned of a feature is found by these."""
+    assert keys.feature_namespace("context.device") == 3_709_059

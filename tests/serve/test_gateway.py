@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from grstream.config import ModelConfig, parse
 from grstream.events import ActionEvent
 from grstream.histories import History
-from grstream.keys import ABSENT, Id, Keys, Namespace, ints_of_keys, key_of
+from grstream.keys import ABSENT, Id, Keys, Namespace, feature_namespace, ints_of_keys, key_of
 from grstream.scores import EngineNotReady, NonFiniteScores, Ranked, Retrieved, Reuse
 from grstream.weights import Manifest, Recipe
 from serve.errors import Unavailable
@@ -263,7 +263,8 @@ def test_context_and_item_features_reach_the_scorer_in_the_columns_of_training(
     candidates = [{"item_id": 1, "item_features": {"genre": "noir"}}, 2]
     body = {"user_id": 1, "candidates": candidates, "context": {"place": 9}, "at_ms": 55}
     assert client.post(RANK, json=body).status_code == 200
-    place, genre = key_of(Namespace.FEATURE, 9), key_of(Namespace.FEATURE + 1, "noir")
+    place = key_of(feature_namespace("context.place"), 9)
+    genre = key_of(feature_namespace("item.genre"), "noir")
     assert backend.features is not None
     assert backend.features.tolist() == [[place, genre], [place, ABSENT]]
     assert backend.at_ms == 55
