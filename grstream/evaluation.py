@@ -36,9 +36,10 @@ class Comparison:
 def compare(predictions: Predictions, action: int, skip: float = 0.5) -> Comparison:
     """Score the predictions of one action after the first `skip` of the stream, in the order of the stream.
 
-    The running rates are computed over the same events in the same order, from the stream's beginning.
+    The stream begins where the action is configured. The running rates are computed over the same events in
+    the same order, from the stream's beginning.
     """
-    timely = predictions.where(~predictions.late)
+    timely = predictions.where(~predictions.late & predictions.asked(action))
     later = slice(int(len(timely) * skip), None)
     labels = timely.labels[:, action]
     losses = {

@@ -40,6 +40,7 @@ from grstream.keytable import Slots
 from grstream.ledger import Disposition, OffsetRange
 from grstream.microbatch import MicroBatch
 from grstream.pending import Pending
+from grstream.schema import Schema, placed
 from grstream.users import NO_SEQUENCE, grouped
 from grstream.windows import Windows
 
@@ -356,8 +357,8 @@ class RollingHistories:
 
     # -- snapshots --------------------------------------------------------------------------------------
 
-    def snapshot(self, path: pathlib.Path, next_offset: int) -> None:
-        """Write the histories as of `next_offset`, the first that they have not seen.
+    def snapshot(self, path: pathlib.Path, next_offset: int, schema: Schema) -> None:
+        """Write the histories as of `next_offset`, the first that they have not seen; what their bits mean.
 
         The file is a function of the log alone. New events that wait for a pack are not part of it.
         """
@@ -365,7 +366,8 @@ class RollingHistories:
             raise OffsetOrderError(f"these histories are already at {self._last_offset}, not {next_offset}")
         header = {
             "next_offset": next_offset,
-            "identity": _identity(self._config, self._windows.arena.features.shape[1], self._partition),
+            "identity": _identity(self._config, self._partition),
+            "schema": dataclasses.asdict(schema),
             "happened": dataclasses.asdict(self._happened()),
         }
         snapshots.write(path, header, self._parts(next_offset))
@@ -389,34 +391,46 @@ class RollingHistories:
         path: pathlib.Path,
         config: HistoriesConfig,
         *,
-        features: int,
+        schema: Schema,
         partition: int = 0,
         track_new: bool = True,
     ) -> tuple[Self, int]:
-        """Histories as they were, and the offset to go on from.
+        """Histories as they were, and the offset to go on from; features new to `schema` are absent in them.
 
         Raises SnapshotError for a damaged file, or one written with another configuration.
         """
-        histories = cls(config, features=features, partition=partition, track_new=track_new)
+        histories = cls(config, features=len(schema.features), partition=partition, track_new=track_new)
         with snapshots.opened(path) as (header, parts):
-            expected = _identity(config, features, partition)
+            expected = _identity(config, partition)
             if header["identity"] != expected:
                 raise snapshots.SnapshotError(
                     f"{path} was written with {header['identity']}, expected {expected}: "
                     "go back to that configuration, or delete it and rebuild from the log"
                 )
+            written = Schema(**{name: tuple(names) for name, names in header["schema"].items()})
+            problem = schema.not_grown_from(written)
+            if problem is not None:
+                raise snapshots.SnapshotError(
+                    f"{path} was written with other actions and features: {problem}; "
+                    "go back to that configuration, or delete it and rebuild from the log"
+                )
+            columns = schema.columns_in(written)
             histories._last_offset = header["next_offset"] - 1
             happened = _Happened(**header["happened"])
             histories._windows.rolls = happened.rolls
             histories._late, histories._too_late = happened.late, happened.too_late
             histories._duplicate, histories._evicted = happened.duplicates, happened.evicted
             for part in parts:
+                if schema.features != written.features:
+                    held = part["features"].reshape(len(part["items"]), len(written.features))
+                    part["features"] = placed(held, columns)
                 histories._windows.load(part)
                 histories._duplicates.accept(part["duplicate_keys"], part["duplicate_offsets"])
                 histories._names.update(zip(part["name_keys"].tolist(), part["names"], strict=True))
         return histories, histories._last_offset + 1
 
 
-def _identity(config: HistoriesConfig, features: int, partition: int) -> dict[str, int]:
-    """What the content of a snapshot depends on besides the log."""
-    return {"format": 1, "partition": partition, "features": features, **config.model_dump()}
+def _identity(config: HistoriesConfig, partition: int) -> dict[str, int]:
+    """What the content of a snapshot depends on besides the log and the schema."""
+    # Format 1 named neither actions nor features, and keys of features were of other namespaces.
+    return {"format": 2, "partition": partition, **config.model_dump()}

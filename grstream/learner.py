@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from grstream import migration
 from grstream.config import Config, TrainConfig
 from grstream.keys import ABSENT
 from grstream.metrics import Predictions, StreamMetrics
@@ -24,7 +25,7 @@ from grstream.retrieval import expected_counts, full_softmax, sampled_softmax
 from grstream.stochastic_length import kept_events
 from grstream.tokens import Events, changed_context, context_before, training_tokens
 from grstream.vocabulary import Vocabulary, VocabularyState
-from grstream.weights import NonFiniteWeights, Weights
+from grstream.weights import NonFiniteWeights, Recipe, Weights
 
 LEARNER = "learner.pt"  # a checkpoint's file
 RETRIEVAL_TEMPERATURE = 0.05
@@ -338,6 +339,7 @@ class Learner:
         return LearnerState(
             _copied(
                 {
+                    "recipe": Recipe.of(self.config).model_dump(mode="json"),
                     "steps": self.steps,
                     "model": self.model.state_dict(),
                     "optimizer": self._optimizer.state_dict(),
@@ -347,9 +349,15 @@ class Learner:
             )
         )
 
-    def load(self, directory: pathlib.Path) -> None:
-        """Become what a state's `save` wrote, on this and every other rank."""
+    def load(self, directory: pathlib.Path) -> list[str]:
+        """Become what a state's `save` wrote, on this and every other rank.
+
+        Returns what had to be migrated to fit a schema that has grown, a line each. Raises SchemaChanged,
+        having changed nothing, where the configuration has not grown from the one that it was saved under.
+        """
         state = _to_arrays(torch.load(directory / LEARNER, map_location="cpu", weights_only=True))
+        shapes = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
+        migrated = migration.fit(state, Recipe.of(self.config), self._optimizer, shapes, self._new_parameters)
         held = state["vocabulary"]
         # Checkpoints of before rows had a budget do not say when they were used.
         held.setdefault("used", np.zeros(len(held["keys"]), np.int64))
@@ -363,6 +371,13 @@ class Learner:
             self.config.train.vocabulary_rows,
         )
         self.metrics.load(state["metrics"])
+        return migrated
+
+    def _new_parameters(self) -> dict[str, npt.NDArray]:
+        """Those of a new model, the same on every rank; what is drawn at random later stays what it was."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.config.train.seed)
+            return {name: t.numpy() for name, t in self._build().state_dict().items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Predictions:
     offsets: npt.NDArray[np.int64]  # (N,)
     late: npt.NDArray[np.bool_]  # (N,) placed in the middle of its history
     labels: npt.NDArray[np.bool_]  # (N, A)
-    probabilities: npt.NDArray[np.float32]  # (N, A)
+    probabilities: npt.NDArray[np.float32]  # (N, A) nan where the action was not configured yet
     ranks: npt.NDArray[np.int64]  # (N,) 0 is first among all items; -1 where retrieval was not asked
 
     def __len__(self) -> int:
@@ -40,6 +40,19 @@ class Predictions:
 
     def where(self, mask: npt.NDArray[np.bool_]) -> "Predictions":
         return Predictions(**{f.name: getattr(self, f.name)[mask] for f in dataclasses.fields(self)})
+
+    def of_actions(self, count: int) -> "Predictions":
+        """With columns for so many actions; of those that were not configured yet, nothing was said."""
+        more = ((0, 0), (0, count - self.labels.shape[1]))
+        return dataclasses.replace(
+            self,
+            labels=np.pad(self.labels, more),
+            probabilities=np.pad(self.probabilities, more, constant_values=np.nan),
+        )
+
+    def asked(self, action: int) -> npt.NDArray[np.bool_]:
+        """The events of which something was said for an action: (N,)."""
+        return ~np.isnan(self.probabilities[:, action])
 
 
 def log_loss(probabilities: npt.NDArray, labels: npt.NDArray[np.bool_]) -> Floats:
@@ -93,6 +106,7 @@ class StreamMetrics:
         self._window: collections.deque[Predictions] = collections.deque()
         self._in_window = 0
         self._sums = np.zeros((len(actions), 3))  # log loss, label, probability
+        self._before = np.zeros(len(actions), np.int64)  # events before the action was configured
         self.events = 0
         self.late = 0
 
@@ -110,8 +124,8 @@ class StreamMetrics:
 
     @staticmethod
     def _sum(p: Predictions) -> Floats:
-        loss = log_loss(p.probabilities, p.labels)
-        return np.stack([loss.sum(0), p.labels.sum(0), p.probabilities.sum(0, dtype=np.float64)], axis=1)
+        loss = np.nansum(log_loss(p.probabilities, p.labels), 0)
+        return np.stack([loss, p.labels.sum(0), np.nansum(p.probabilities, 0, dtype=np.float64)], axis=1)
 
     def figures(self) -> dict[str, float]:
         """By name: ne, calibration and gauc per action (recent), ne_total (since the start), hit rate."""
@@ -121,12 +135,18 @@ class StreamMetrics:
         recent = Predictions.concat(list(self._window))
         sums = self._sum(recent)
         for a, name in enumerate(self._actions):
+            said = recent.asked(a)
+            events, ever = int(said.sum()), self.events - int(self._before[a])
+            if not events:
+                continue
             loss, positives, predicted = sums[a]
-            base = entropy(positives / len(recent)) * len(recent)
+            base = entropy(positives / events) * events
             out[f"ne/{name}"] = loss / base if base else math.nan
             out[f"calibration/{name}"] = predicted / positives if positives else math.nan
-            out[f"gauc/{name}"] = gauc(recent.users, recent.labels[:, a], recent.probabilities[:, a])
-            total_base = entropy(self._sums[a, 1] / self.events) * self.events
+            out[f"gauc/{name}"] = gauc(
+                recent.users[said], recent.labels[said, a], recent.probabilities[said, a]
+            )
+            total_base = entropy(self._sums[a, 1] / ever) * ever
             out[f"ne_total/{name}"] = self._sums[a, 0] / total_base if total_base else math.nan
         asked = recent.ranks >= 0
         if asked.any():
@@ -144,15 +164,21 @@ class StreamMetrics:
             "events": self.events,
             "late": self.late,
             "sums": self._sums.tolist(),
+            "before": self._before.tolist(),
             "window": None if window is None else dataclasses.asdict(window),
         }
 
     def load(self, state: dict) -> None:
+        """Become what had that state. It may know only the first of the actions: the others begin here."""
         self.events, self.late = state["events"], state["late"]
-        self._sums = np.array(state["sums"], np.float64).reshape(len(self._actions), 3)
+        known = len(state["sums"])
+        self._sums = np.zeros((len(self._actions), 3))
+        self._sums[:known] = state["sums"]
+        self._before = np.full(len(self._actions), self.events, np.int64)
+        self._before[:known] = state.get("before", 0)  # states of before schemas grew do not say
         self._window.clear()
         if state["window"] is not None:
-            self._window.append(Predictions(**state["window"]))
+            self._window.append(Predictions(**state["window"]).of_actions(len(self._actions)))
         self._in_window = sum(map(len, self._window))
 
 

@@ -54,7 +54,9 @@ def read(directory: pathlib.Path) -> Predictions:
     parts = sorted(directory.glob("*.parquet"))
     if not parts:
         raise FileNotFoundError(f"no predictions in {directory}: train with train.log_predictions: true")
-    everything = Predictions.concat([_from_table(pq.read_table(part)) for part in parts])
+    held = [_from_table(pq.read_table(part)) for part in parts]
+    actions = max(part.labels.shape[1] for part in held)  # they may have become more
+    everything = Predictions.concat([part.of_actions(actions) for part in held])
     backwards = np.stack([everything.partitions, everything.offsets], axis=1)[::-1]
     _, first = np.unique(backwards, axis=0, return_index=True)
     last = np.zeros(len(everything), bool)

@@ -22,6 +22,7 @@ from grstream.checkpoints import CheckpointStore
 from grstream.config import Config
 from grstream.histories import RollingHistories
 from grstream.ledger import Ledger
+from grstream.schema import Schema
 from grstream.snapshots import SnapshotError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class SnapshotFiles:
 
     def __init__(self, config: Config, partition: int) -> None:
         self._config, self._partition = config, partition
+        self._schema = Schema.of(config.events)
         self._directory = config.storage / "snapshots" / f"p{partition:05d}"
 
     def offsets(self) -> list[int]:
@@ -57,7 +59,7 @@ class SnapshotFiles:
                 return RollingHistories.restore(
                     self._path(offset),
                     self._config.histories,
-                    features=len(self._config.events.features),
+                    schema=self._schema,
                     partition=self._partition,
                     track_new=track_new,
                 )
@@ -69,7 +71,7 @@ class SnapshotFiles:
         """Write what `histories` hold before an offset. The same offset always says the same."""
         if not self._path(offset).exists():
             self._directory.mkdir(parents=True, exist_ok=True)
-            histories.snapshot(self._path(offset), offset)
+            histories.snapshot(self._path(offset), offset, self._schema)
 
     def prune(self, base: int, resume: int) -> None:
         """Keep those from which a resume at `base` or later may start, and the newest few, while young.

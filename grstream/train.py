@@ -26,6 +26,7 @@ from grstream.journal import new_run
 from grstream.kafka import TopicMissing, partition_count
 from grstream.ranks import Ranks
 from grstream.reader import LogTruncated, OffsetGap
+from grstream.schema import SchemaChanged
 from grstream.source import ReadersNotStarted, StreamSplit, actions
 from grstream.trainer import BAD_WEIGHTS, Trainer
 from grstream.until import Until
@@ -33,7 +34,7 @@ from grstream.until import Until
 logger = logging.getLogger(__name__)
 
 # Errors that would only come again, the last ones after `train.max_reverts`.
-LASTING = (OffsetGap, LogTruncated, TopicMissing, ReadersNotStarted, *BAD_WEIGHTS)
+LASTING = (OffsetGap, LogTruncated, TopicMissing, ReadersNotStarted, SchemaChanged, *BAD_WEIGHTS)
 WATCH_S = 0.25  # how often the driver looks at the board, and for a wish to stop
 
 
@@ -142,7 +143,11 @@ def _run_rank(config: Config, board: Board, until: Until | None) -> None:
     logging.getLogger("kafka").setLevel(logging.WARNING)  # it tells of every connection
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
-    trainer = Trainer(config, ranks, board, until, get_device())
+    try:
+        trainer = Trainer(config, ranks, board, until, get_device())
+    except SchemaChanged as error:
+        board.fail(error)
+        raise
     try:
         trainer.run(ray.train.get_dataset_shard("actions"))
     except BAD_WEIGHTS as error:

@@ -125,6 +125,7 @@ class Trainer:
         self._saver = concurrent.futures.ThreadPoolExecutor(1, "saver")
         self._gate = EntropyGate(len(config.events.actions), config.train)
         self.checkpoint_number, self._version = 0, max(self._weights.numbers(), default=0)
+        self._migrated: list[str] = []  # of the checkpoint, to fit a schema that has grown
         resumed = self._resume()
         self._journal = self._open_journal(resumed)
         self._predictions = self._open_predictions()
@@ -288,7 +289,7 @@ class Trainer:
         if not number:
             return None
         found = found or self._store.load(number)
-        self._learner.load(found.directory)
+        self._migrated = self._learner.load(found.directory)
         self._ledger = found.ledger
         self._events, self._newest_event_ms = found.record.events, found.record.newest_event_ms
         self.checkpoint_number = number
@@ -298,10 +299,17 @@ class Trainer:
         logger.info(
             "resumed from checkpoint %d: step %d, %d events", number, found.record.step, found.record.events
         )
+        for line in self._migrated if self._leads else []:
+            logger.warning("checkpoint %d is migrated: %s", number, line)
         return Mark(found.record.run, found.record.entries)
 
     def _open_journal(self, resumed: Mark | None) -> Journal | None:
-        return Journal(self._config.storage / "metrics", new_run(), resumed) if self._leads else None
+        if not self._leads:
+            return None
+        journal = Journal(self._config.storage / "metrics", new_run(), resumed)
+        if self._migrated:
+            journal.note({"migrated": self._migrated})
+        return journal
 
     def _open_predictions(self) -> PredictionLog | None:
         if not (self._journal and self._config.train.log_predictions):

@@ -5,12 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 
+from grstream import snapshots
 from grstream.config import HistoriesConfig
 from grstream.events import EventBatch, Tombstones
 from grstream.histories import OffsetOrderError, RollingHistories
+from grstream.keys import ABSENT, Keys
 from grstream.ledger import Disposition, OffsetRange
 from grstream.microbatch import Role
+from grstream.schema import Schema
 from grstream.snapshots import SnapshotError
+
+SCHEMA = Schema(("click",), ())
 
 
 def batch(users, *, start=0, times=None, keys=None, features=0, names=None) -> EventBatch:
@@ -165,34 +170,83 @@ def test_memory_does_not_grow_once_the_budget_is_reached() -> None:
 def test_a_snapshot_of_another_configuration_is_refused(tmp_path) -> None:
     histories = make(window=32)
     histories.append(batch([1]))
-    histories.snapshot(tmp_path / "s", 1)
+    histories.snapshot(tmp_path / "s", 1, SCHEMA)
     with pytest.raises(SnapshotError, match=r"'window': 32.*expected.*'window': 64"):
-        RollingHistories.restore(tmp_path / "s", HistoriesConfig(window=64), features=0)
-    with pytest.raises(SnapshotError, match="features"):
-        RollingHistories.restore(tmp_path / "s", HistoriesConfig(window=32), features=1)
+        RollingHistories.restore(tmp_path / "s", HistoriesConfig(window=64), schema=SCHEMA)
+
+
+def of_columns(users: list[int], start: int, features: Keys) -> EventBatch:
+    return dataclasses.replace(batch(users, start=start), features=features)
+
+
+def test_a_snapshot_restored_under_a_grown_schema_is_one_in_which_what_is_new_was_absent(tmp_path) -> None:
+    old = Schema(("click", "like"), ("context.lang", "item.genre"))
+    new = Schema(
+        ("click", "like", "buy"), ("context.device", "context.lang", "item.brand", "item.genre", "item.size")
+    )
+    draw = np.random.default_rng(0)
+    users, keys = draw.integers(0, 9, 300), draw.integers(1, 1 << 60, (300, 2))
+    written = RollingHistories(HistoriesConfig(window=16, chunk=4), features=2)
+    written.append(of_columns(users, 0, keys))
+    written.snapshot(tmp_path / "old", 300, old)
+    grown, at = RollingHistories.restore(tmp_path / "old", HistoriesConfig(window=16, chunk=4), schema=new)
+    assert at == 300
+    expected = RollingHistories(HistoriesConfig(window=16, chunk=4), features=5)
+    absent = np.full(300, ABSENT)
+    wide = np.stack([absent, keys[:, 0], absent, keys[:, 1], absent], axis=1)
+    expected.append(of_columns(users, 0, wide))
+    assert np.array_equal(grown.history(3).features, expected.history(3).features)
+    for histories in (grown, expected):
+        histories.append(of_columns(users, 300, np.full((300, 5), 7)))
+        histories.snapshot(tmp_path / f"{histories is grown}", 600, new)
+    assert (tmp_path / "True").read_bytes() == (tmp_path / "False").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        (Schema(("like", "click"), ("item.genre",)), "does not begin with click, like"),
+        (Schema(("click",), ("item.genre",)), "lacks like"),
+        (Schema(("click", "like"), ()), "lacks the features item.genre"),
+        (Schema(("click", "like"), ("item.kind",)), "lacks the features item.genre"),
+    ],
+)
+def test_a_snapshot_of_other_actions_or_features_is_refused(tmp_path, schema: Schema, reason: str) -> None:
+    histories = RollingHistories(HistoriesConfig(), features=1)
+    histories.append(batch([1], features=1))
+    histories.snapshot(tmp_path / "s", 1, Schema(("click", "like"), ("item.genre",)))
+    with pytest.raises(SnapshotError, match=reason):
+        RollingHistories.restore(tmp_path / "s", HistoriesConfig(), schema=schema)
+
+
+def test_a_snapshot_of_before_names_were_in_it_is_refused(tmp_path) -> None:
+    identity = {"format": 1, "partition": 0, "features": 0, **HistoriesConfig().model_dump()}
+    snapshots.write(tmp_path / "s", {"next_offset": 1, "identity": identity, "happened": {}}, [])
+    with pytest.raises(SnapshotError, match=r"'format': 1.*expected.*'format': 2.*rebuild from the log"):
+        RollingHistories.restore(tmp_path / "s", HistoriesConfig(), schema=SCHEMA)
 
 
 def test_a_snapshot_that_is_cut_off_or_has_a_flipped_bit_is_refused(tmp_path) -> None:
     histories = make()
     histories.append(batch(list(range(50)) * 4, names={0: "zero"}))
     path = tmp_path / "s"
-    histories.snapshot(path, 200)
+    histories.snapshot(path, 200, SCHEMA)
     whole = path.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
     for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(SnapshotError):
-            RollingHistories.restore(path, HistoriesConfig(), features=0)
+            RollingHistories.restore(path, HistoriesConfig(), schema=SCHEMA)
     times = whole.index(np.arange(1000, 1200, 50).tobytes())  # of user 0
     path.write_bytes(whole[:times] + b"\x01" + whole[times + 1 :])
     with pytest.raises(SnapshotError, match="checksum"):
-        RollingHistories.restore(path, HistoriesConfig(), features=0)
+        RollingHistories.restore(path, HistoriesConfig(), schema=SCHEMA)
     with pytest.raises(SnapshotError, match="absent"):
-        RollingHistories.restore(tmp_path / "absent", HistoriesConfig(), features=0)
+        RollingHistories.restore(tmp_path / "absent", HistoriesConfig(), schema=SCHEMA)
 
 
 def test_a_snapshot_is_not_taken_of_a_past_offset(tmp_path) -> None:
     histories = make()
     histories.append(batch([1, 2, 3]))
     with pytest.raises(OffsetOrderError, match="already at 2"):
-        histories.snapshot(tmp_path / "s", 2)
+        histories.snapshot(tmp_path / "s", 2, SCHEMA)

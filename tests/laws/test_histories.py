@@ -20,9 +20,11 @@ from grstream.histories import RollingHistories
 from grstream.keys import ABSENT
 from grstream.ledger import Disposition, Ledger
 from grstream.microbatch import MicroBatch, Role
+from grstream.schema import Schema
 
 PARTITION = 3
 FEATURES = 2
+SCHEMA = Schema(("click",), ("context.place", "item.genre"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +272,7 @@ def test_cuts_change_neither_the_state_nor_the_micro_batches(config, events, one
     with tempfile.TemporaryDirectory() as directory:
         paths = [Path(directory) / name for name in ("one", "other")]
         for path, (histories, _) in zip(paths, runs, strict=True):
-            histories.snapshot(path, 10_000)
+            histories.snapshot(path, 10_000, SCHEMA)
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -290,9 +292,9 @@ def test_a_restored_reader_goes_on_as_if_it_had_read_everything(
             emitted += piece
             if i == restored_after:
                 next_offset = emitted[-1].offset + 1 if emitted else 0
-                histories.snapshot(path, next_offset)
+                histories.snapshot(path, next_offset, SCHEMA)
                 histories, resumed_at = RollingHistories.restore(
-                    path, config, features=FEATURES, partition=PARTITION
+                    path, config, schema=SCHEMA, partition=PARTITION
                 )
                 assert resumed_at == next_offset
                 emitted, writer_tracks = [], True
@@ -315,7 +317,7 @@ def test_a_reader_that_does_not_train_has_the_same_histories(config, events, at)
     with tempfile.TemporaryDirectory() as directory:
         paths = [Path(directory) / name for name in ("server", "trainer")]
         for path, histories in zip(paths, (server, trainer), strict=True):
-            histories.snapshot(path, 10_000)
+            histories.snapshot(path, 10_000, SCHEMA)
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
