@@ -1,5 +1,6 @@
 """Prequential figures, against slow and obvious versions of themselves."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -78,6 +79,38 @@ def test_restored_metrics_go_on_with_the_same_figures() -> None:
     for metrics in (one, other):
         metrics.update(predictions([True, True] * 50, [0.7, 0.4] * 50))
     assert one.figures() == other.figures()
+
+
+def joined(one: Predictions, other: Predictions) -> Predictions:
+    """The same events with the actions of both."""
+    return dataclasses.replace(
+        one,
+        labels=np.concatenate([one.labels, other.labels], axis=1),
+        probabilities=np.concatenate([one.probabilities, other.probabilities], axis=1),
+    )
+
+
+def test_an_action_that_is_new_is_judged_from_then_on_and_the_others_as_ever() -> None:
+    """Its figures are those of a stream that begins there; theirs go on."""
+    users = list(range(10)) * 10
+    first = predictions([True, False] * 50, [0.7, 0.4] * 50, users)
+    later = predictions([True, True, False, False] * 25, [0.7, 0.4] * 50, users)
+    bought = predictions([False] * 90 + [True] * 10, [0.1] * 90 + [0.6] * 10, users)
+    steady, anew = StreamMetrics(["click"], recent=150), StreamMetrics(["buy"], recent=150)
+    before, grown = StreamMetrics(["click"], recent=150), StreamMetrics(["click", "buy"], recent=150)
+    steady.update(first)
+    before.update(first)
+    grown.load(before.state())
+    assert grown.figures() == pytest.approx(before.figures(), nan_ok=True), (
+        "of the new action nothing is known"
+    )
+    for metrics, said in ((steady, later), (anew, bought), (grown, joined(later, bought))):
+        metrics.update(said)
+    expected = {**anew.figures(), **steady.figures()}
+    assert grown.figures() == pytest.approx(expected)
+    again = StreamMetrics(["click", "buy"], recent=150)
+    again.load(grown.state())
+    assert again.figures() == pytest.approx(expected)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), max_size=30))
