@@ -8,6 +8,7 @@ turns.
 """
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ from grstream.histories import History
 from grstream.keys import ABSENT, Keys
 from grstream.kv_cache import Entry, KVCache
 from grstream.model import HSTU, Cache
+from grstream.schema import Columns, Schema, placed
 from grstream.scores import (
     EngineNotReady,
     NonFiniteScores,
@@ -33,12 +35,17 @@ from grstream.tokens import Events, Kind, Tokens, candidate_kind, changed_contex
 from grstream.vocabulary import Vocabulary
 from grstream.weights import Manifest, Weights, WeightsVersion
 
+logger = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Served:
     """All that answers depend on, exchanged as one."""
 
     manifest: Manifest
+    schema: Schema  # that the weights were trained with
+    given: Schema  # that histories and requests come in
+    columns: Columns  # where the features of `schema` are among those given
     model: HSTU
     vocabulary: Vocabulary
     item_names: dict[int, str]
@@ -49,17 +56,20 @@ class _Served:
     def interleaved(self) -> bool:
         return self.manifest.recipe.model.layout == "interleaved"
 
-    @property
-    def contexts(self) -> int:
-        """How many of a history's feature columns, the first ones, are context."""
-        return sum(name.startswith("context.") for name in self.manifest.recipe.features)
-
 
 class Engine:
-    """Scores by the newest version it was given, over a cache of keys and values per user."""
+    """Scores by the newest version it was given, over a cache of keys and values per user.
 
-    def __init__(self, config: ServeConfig, device: torch.device | str = "cpu") -> None:
+    Histories and requests come with the actions and feature columns of `schema`, by default each version's
+    own. One of the two schemas may have grown from the other: a version is told of the features that it was
+    trained with and that are given, the others are absent to it, and it scores the actions that it knows.
+    """
+
+    def __init__(
+        self, config: ServeConfig, device: torch.device | str = "cpu", schema: Schema | None = None
+    ) -> None:
         self.device = torch.device(device)
+        self._schema = schema
         self._micro_batch = config.micro_batch
         self._lock = threading.Lock()
         self.cache = KVCache(config.cache_bytes)
@@ -76,7 +86,13 @@ class Engine:
 
         Raises UnusableWeights, and goes on with the version it had.
         """
-        served = _build(version, self.device)
+        served = _build(version, self.device, self._schema)
+        if served.given != served.schema and (self._served is None or self._served.schema != served.schema):
+            logger.warning(
+                "weights version %d was trained with %s, and is asked with %s: what only one of the two "
+                "names has no part in its answers",
+                *(version.number, served.schema, served.given),
+            )
         with self._lock:
             self._served = served
             self.cache.clear()
@@ -98,11 +114,11 @@ class Engine:
         """
         with self._lock:
             served = self._ready()
-            features = _checked(served, history, features, len(candidates))
+            history, features = _as_trained(served, history, features, len(candidates))
             items, known = _item_vectors(served, candidates, features)
             cache, reuse = self._encode(served, history, user)
             if len(candidates):
-                cache = _in_context(served, cache, history, features[0, : served.contexts], at_ms)
+                cache = _in_context(served, cache, history, features[0, : served.schema.contexts], at_ms)
             kind = candidate_kind(served.interleaved)
             logits = torch.cat(
                 [
@@ -112,7 +128,7 @@ class Engine:
             )  # (C, A)
         _require_finite_scores(served, logits)
         probabilities = torch.sigmoid(logits).cpu().numpy()
-        return Ranked(probabilities, known, served.manifest.number, reuse)
+        return Ranked(probabilities, known, served.manifest.number, reuse, served.schema.actions)
 
     @torch.inference_mode()
     def retrieve(
@@ -131,15 +147,17 @@ class Engine:
         """
         with self._lock:
             served = self._ready()
-            features = np.full((1, len(served.manifest.recipe.features)), ABSENT, np.int64)
-            if context is not None and len(context) != served.contexts:
-                raise WrongFeatures(f"expected {served.contexts} features of context, got {len(context)}")
+            asked = np.full((1, len(served.given.features)), ABSENT, np.int64)
+            if context is not None and len(context) != served.given.contexts:
+                raise WrongFeatures(
+                    f"expected {served.given.contexts} features of context, got {len(context)}"
+                )
             if context is not None:
-                features[0, : served.contexts] = context
-            _checked(served, history, features, 1)
+                asked[0, : served.given.contexts] = context
+            history, features = _as_trained(served, history, asked, 1)
             cache, reuse = self._encode(served, history, user)
             newest = cache.newest  # before the request's context
-            cache = _in_context(served, cache, history, features[0, : served.contexts], at_ms)
+            cache = _in_context(served, cache, history, features[0, : served.schema.contexts], at_ms)
             nothing = newest.new_zeros(newest.shape)
             (request,) = self._micro_batches(nothing, int(cache.lengths), at_ms, Kind.REQUEST)
             user_vector = served.model.user_vectors(newest + served.model.score(cache, request))  # (1, d)
@@ -184,9 +202,17 @@ class Engine:
             yield Tokens.of_candidates(count, part, prefixes, times, kind)
 
 
-def _build(version: WeightsVersion, device: torch.device) -> _Served:
+def _build(version: WeightsVersion, device: torch.device, given: Schema | None) -> _Served:
     weights, recipe = version.weights, version.manifest.recipe
     _require_finite(version.number, weights)
+    schema = Schema.of(recipe)
+    given = given or schema
+    problem = given.not_grown_from(schema)
+    if problem is not None and schema.not_grown_from(given) is not None:
+        raise UnusableWeights(
+            f"weights version {version.number} was trained with other actions or features than are "
+            f"configured: {problem}"
+        )
     model = HSTU(recipe.model, actions=len(recipe.actions))
     try:
         model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in weights.dense.items()})
@@ -201,7 +227,15 @@ def _build(version: WeightsVersion, device: torch.device) -> _Served:
     with torch.inference_mode():
         vectors = model.item_vectors(torch.from_numpy(weights.rows[weights.items]).to(device))
     return _Served(
-        version.manifest, model, vocabulary, weights.item_names, weights.keys[weights.items], vectors
+        manifest=version.manifest,
+        schema=schema,
+        given=given,
+        columns=schema.columns_in(given),
+        model=model,
+        vocabulary=vocabulary,
+        item_names=weights.item_names,
+        item_keys=weights.keys[weights.items],
+        item_vectors=vectors,
     )
 
 
@@ -218,26 +252,32 @@ def _require_finite_scores(served: _Served, scores: torch.Tensor) -> None:
         )
 
 
-def _checked(served: _Served, history: History, features: Keys | None, candidates: int) -> Keys:
-    """The candidates' feature keys, all ABSENT by default."""
-    expected = len(served.manifest.recipe.features)
+def _as_trained(
+    served: _Served, history: History, features: Keys | None, candidates: int
+) -> tuple[History, Keys]:
+    """The history and the candidates' feature keys, all ABSENT by default, in the columns of the weights."""
+    expected = len(served.given.features)
     if features is None:
         features = np.full((candidates, expected), ABSENT, np.int64)
     if history.features.shape[1] != expected or features.shape != (candidates, expected):
         raise WrongFeatures(
-            f"version {served.manifest.number} was trained with the features "
-            f"{served.manifest.recipe.features}, so expected {expected} columns; the history has "
-            f"{history.features.shape[1]}, the candidates are of shape {features.shape}"
+            f"version {served.manifest.number} is asked with the features {list(served.given.features)}, "
+            f"so expected {expected} columns; the history has {history.features.shape[1]}, the candidates "
+            f"are of shape {features.shape}"
         )
-    if (features[:, : served.contexts] != features[:1, : served.contexts]).any():
+    contexts = served.given.contexts
+    if (features[:, :contexts] != features[:1, :contexts]).any():
         raise WrongFeatures("context is the request's: its features must be the same for all candidates")
-    return features
+    if served.given.features == served.schema.features:
+        return history, features
+    history = dataclasses.replace(history, features=placed(history.features, served.columns))
+    return history, placed(features, served.columns)
 
 
 def _item_vectors(served: _Served, items: Keys, features: Keys) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
     """Item vector plus those of its features, column by column as in training; and which items are known."""
     vectors, known = served.vocabulary.vectors(items)
-    for column in features.T[served.contexts :]:
+    for column in features.T[served.schema.contexts :]:
         present = np.flatnonzero(column != ABSENT)
         at = torch.from_numpy(present).to(vectors.device)
         vectors.index_add_(0, at, served.vocabulary.vectors(column[present])[0])
@@ -247,7 +287,7 @@ def _item_vectors(served: _Served, items: Keys, features: Keys) -> tuple[torch.T
 def _memory_tokens(served: _Served, history: History, begin: int) -> Tokens:
     """The history's events from `begin` on, as the tokens of one sequence."""
     vectors, _ = _item_vectors(served, history.items[begin:], history.features[begin:])
-    context = history.features[:, : served.contexts]
+    context = history.features[:, : served.schema.contexts]
     before = np.concatenate([np.full_like(context[:1], ABSENT), context[:-1]])
     event, column = changed_context(context[begin:], before[begin:])
     device = vectors.device
@@ -264,7 +304,8 @@ def _memory_tokens(served: _Served, history: History, begin: int) -> Tokens:
 
 def _in_context(served: _Served, cache: Cache, history: History, context: Keys, at_ms: int) -> Cache:
     """The cache of a history, and behind it what the request's context (C,) changes."""
-    last = history.features[-1:, : served.contexts] if len(history.items) else np.full_like(context, ABSENT)
+    contexts = len(context)
+    last = history.features[-1:, :contexts] if len(history.items) else np.full_like(context, ABSENT)
     _, column = changed_context(context[None], last.reshape(1, -1))
     if not len(column):
         return cache

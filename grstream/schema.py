@@ -42,6 +42,9 @@ class Schema:
     def of(cls, named: Named) -> Self:
         return cls(tuple(named.actions), tuple(named.features))
 
+    def __str__(self) -> str:
+        return f"actions {', '.join(self.actions)}; features {', '.join(self.features) or 'none'}"
+
     @property
     def contexts(self) -> int:
         """How many of the columns, the first ones, are context."""

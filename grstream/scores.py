@@ -21,7 +21,7 @@ class UnusableWeights(RuntimeError):
 
 
 class WrongFeatures(ValueError):
-    """Feature columns of a history or of candidates are not those the weights were trained with."""
+    """Feature columns of a history or of candidates are not as many as there should be."""
 
 
 class NonFiniteScores(RuntimeError):
@@ -38,12 +38,13 @@ class Reuse(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """C candidates scored, in the order given; A configured actions."""
+    """C candidates scored, in the order given, for the A actions that the version was trained with."""
 
     probabilities: npt.NDArray[np.float32]  # (C, A)
     known: npt.NDArray[np.bool_]  # (C,) whether the weights have a row for the item
     version: int
     reuse: Reuse
+    actions: tuple[str, ...]  # (A,) their names
 
 
 @dataclasses.dataclass(frozen=True)

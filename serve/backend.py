@@ -27,10 +27,11 @@ from grstream.events import ActionEvent
 from grstream.histories import History
 from grstream.kafka import partition_of
 from grstream.keys import Id, Keys, Namespace, key_of
+from grstream.schema import Schema
 from grstream.scores import EngineNotReady, Ranked, Retrieved
 from grstream.tail import TailNotReady, TailStatus
 from grstream.weights import Manifest
-from serve.errors import QueueFull, Unavailable
+from serve.errors import OtherSchema, QueueFull, Unavailable
 from serve.gateway import UserHistory
 from serve.schemas import Appended, ReadyAnswer, ShardState
 from serve.writer import ActionWriter
@@ -57,6 +58,7 @@ class RayBackend:
 
     def __init__(self, config: Config, scorers: DeploymentHandle, shards: Sequence[DeploymentHandle]) -> None:
         self._scorers, self._shards = scorers, shards
+        self._schema = Schema.of(config.events)
         self._partitions: int | None = None  # of the topic
         self._ask_again = 0.0
         self._queue = config.serve.queue
@@ -68,14 +70,16 @@ class RayBackend:
         partition = partition_of(user, await self._partition_count())
         shard = self._shards[partition % len(self._shards)]
         with _reaching("history shard"):
-            held: UserHistory = await shard.history.remote(key_of(Namespace.USER, user), partition)
+            held: UserHistory = await shard.history.remote(
+                self._schema, key_of(Namespace.USER, user), partition
+            )
             return held
 
     async def rank(self, user: Id, history: History, items: Keys, features: Keys, at_ms: int) -> Ranked:
         with _reaching("scorer"):
             scorer = self._scorers.options(session_id=str(user))
             ranked: Ranked = await scorer.rank.remote(
-                key_of(Namespace.USER, user), history, items, features, at_ms
+                self._schema, key_of(Namespace.USER, user), history, items, features, at_ms
             )
             return ranked
 
@@ -85,7 +89,7 @@ class RayBackend:
         with _reaching("scorer"):
             scorer = self._scorers.options(session_id=str(user))
             found: Retrieved = await scorer.retrieve.remote(
-                key_of(Namespace.USER, user), history, k, context, at_ms, exclude
+                self._schema, key_of(Namespace.USER, user), history, k, context, at_ms, exclude
             )
             return found
 
@@ -164,6 +168,8 @@ def _reaching(what: str) -> Iterator[None]:
             raise Unavailable("queue_full", f"{what}: {cause}") from error
         if isinstance(cause, TailNotReady):
             raise Unavailable("not_ready", str(cause)) from error
+        if isinstance(cause, OtherSchema):
+            raise Unavailable("schema_changing", f"{what}: {cause}") from error
         raise cause from error
     except AWAY as error:
         message = f"the {what} is away ({type(error).__name__}); it is being started again"

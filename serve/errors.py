@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from grstream.schema import Schema
 from serve.schemas import Appended, ErrorAnswer, Problem
 
 RETRY_AFTER_S = 1  # a dead replica is back in seconds; clients that come a second later spread by themselves
@@ -16,6 +17,10 @@ NOT_JSON = "body is not JSON"
 
 class QueueFull(RuntimeError):
     """A replica holds as many requests as it may."""
+
+
+class OtherSchema(RuntimeError):
+    """A replica was started with other actions or features than whoever asks it."""
 
 
 class Refusal(Exception):
@@ -53,6 +58,17 @@ class Invalid(Refusal):
 
     def __init__(self, message: str, field: str | None) -> None:
         super().__init__(422, "invalid_request", message, field)
+
+
+def require_schema(own: Schema, callers: Schema) -> None:
+    """What a replica makes of a call while an application's replicas are exchanged one by one.
+
+    Columns and bits of one schema must not be read by another. Raises OtherSchema.
+    """
+    if own != callers:
+        raise OtherSchema(
+            f"it was started with {own}, and is asked with {callers}: the application is being updated"
+        )
 
 
 def response(refusal: Refusal) -> Response:

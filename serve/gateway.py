@@ -136,7 +136,6 @@ class _Gateway:
             held = await self._backend.history(request.user_id)
             items = _keys(Namespace.ITEM, ids)
             ranked = await self._backend.rank(request.user_id, held.history, items, features, at_ms)
-        names = self._config.events.actions
         shown = _as_given(request.ids_as_strings)
         rows = zip(ids, ranked.probabilities.tolist(), ranked.known.tolist(), strict=True)
         return _json(
@@ -146,7 +145,7 @@ class _Gateway:
                 history_length=len(held.history.items),
                 position=Position(partition=held.partition, offset=held.position),
                 results=[
-                    Scored(item_id=shown(i), scores=dict(zip(names, p, strict=True)), known=k)
+                    Scored(item_id=shown(i), scores=dict(zip(ranked.actions, p, strict=True)), known=k)
                     for i, p, k in rows
                 ],
             )

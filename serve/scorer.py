@@ -8,9 +8,10 @@ from typing import ParamSpec, TypeVar
 from grstream.config import Config
 from grstream.histories import History
 from grstream.keys import Keys
+from grstream.schema import Schema
 from grstream.scores import EngineNotReady, Ranked, Retrieved
 from grstream.weights import Manifest, WeightStore
-from serve.errors import QueueFull
+from serve.errors import QueueFull, require_schema
 from serve.follower import WeightsFollower
 
 P = ParamSpec("P")
@@ -24,7 +25,8 @@ class Scorer:
         # Torch takes seconds to import: replicas pay for it, not whoever builds the application.
         from grstream.engine import Engine
 
-        self._engine = Engine(config.serve, "cuda" if config.serve.gpu else "cpu")
+        self._schema = Schema.of(config.events)
+        self._engine = Engine(config.serve, "cuda" if config.serve.gpu else "cpu", self._schema)
         self._queue = config.serve.queue
         self._waiting = 0
         self._turns = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -32,12 +34,17 @@ class Scorer:
         self._follower = WeightsFollower(store, self._engine, config.serve.poll_weights_s)
         self._follower.start()
 
-    async def rank(self, user: int, history: History, items: Keys, features: Keys, at_ms: int) -> Ranked:
+    async def rank(
+        self, schema: Schema, user: int, history: History, items: Keys, features: Keys, at_ms: int
+    ) -> Ranked:
+        """`schema`, here and below, is the caller's; raises OtherSchema where it is not this replica's."""
+        require_schema(self._schema, schema)
         return await self._in_turn(self._engine.rank, history, items, at_ms, features=features, user=user)
 
     async def retrieve(
-        self, user: int, history: History, k: int, context: Keys, at_ms: int, exclude: Keys
+        self, schema: Schema, user: int, history: History, k: int, context: Keys, at_ms: int, exclude: Keys
     ) -> Retrieved:
+        require_schema(self._schema, schema)
         return await self._in_turn(
             self._engine.retrieve, history, k, at_ms, context=context, exclude=exclude, user=user
         )

@@ -1,7 +1,9 @@
 """The history shard deployment: histories of its partitions, live from the log."""
 
 from grstream.config import Config
+from grstream.schema import Schema
 from grstream.tail import HistoryTail, TailStatus
+from serve.errors import require_schema
 from serve.gateway import UserHistory
 
 
@@ -13,11 +15,13 @@ class HistoryShard:
     """
 
     def __init__(self, config: Config, index: int) -> None:
+        self._schema = Schema.of(config.events)
         self._tail = HistoryTail(config, index, config.serve.history_shards)
         self._tail.start()
 
-    async def history(self, user: int, partition: int) -> UserHistory:
-        """Raises TailNotReady until the shard has caught up with the log."""
+    async def history(self, schema: Schema, user: int, partition: int) -> UserHistory:
+        """Raises TailNotReady until the shard has caught up, and OtherSchema for a caller of another one."""
+        require_schema(self._schema, schema)
         history, position = self._tail.history(user, partition)
         return UserHistory(history, partition, position)
 

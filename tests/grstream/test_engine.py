@@ -14,6 +14,7 @@ from grstream.engine import Engine
 from grstream.histories import History
 from grstream.keys import ABSENT, Keys, Namespace, keys_of_ints
 from grstream.model import HSTU
+from grstream.schema import Schema, placed
 from grstream.scores import EngineNotReady, NonFiniteScores, Reuse, UnusableWeights, WrongFeatures
 from grstream.tokens import Kind, Tokens
 from grstream.vocabulary import Vocabulary
@@ -399,3 +400,76 @@ def test_a_scorer_can_be_built_from_a_published_version_alone(tmp_path: pathlib.
     np.testing.assert_allclose(
         ranked.probabilities, from_scratch(VERSIONS[3], past, items, features, NOW), **TOLERANCE
     )
+
+
+# -- while trainer and server do not know the same names ----------------------------------------------------
+
+OWN = Schema.of(RECIPE)
+LATER = Schema(
+    ("click", "like", "buy"), ("context.app", "context.place", "context.device", "item.brand", "item.genre")
+)
+EARLIER = Schema(("click",), ("context.device", "item.genre"))
+
+
+def asked_with(schema: Schema, seed: int) -> tuple[History, Keys, Keys]:
+    """A history and candidates in the columns of a schema, with all of its actions."""
+    draw = np.random.default_rng(seed)
+    past, (items, _) = history(seed, 12), ragged(seed, 6)
+    past = dataclasses.replace(
+        past,
+        actions=draw.integers(0, 1 << len(schema.actions), 12).astype(np.int32),
+        features=draw.choice([ABSENT, *PLACES], (12, len(schema.features))),
+    )
+    features = draw.choice([ABSENT, *PLACES], (6, len(schema.features)))
+    features[:, : schema.contexts] = features[:1, : schema.contexts]
+    return past, items, features
+
+
+@pytest.mark.parametrize("given", [EARLIER, LATER])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_version_is_asked_by_name_and_what_it_does_not_know_has_no_part_in_its_answers(
+    given: Schema, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked, plain = Engine(ServeConfig(), schema=given), engine(number)
+    asked.swap(VERSIONS[number])
+    asked.swap(VERSIONS[number])
+    (said,) = caplog.messages
+    assert str(given) in said
+    assert str(OWN) in said
+    columns = OWN.columns_in(given)
+    for seed in range(3):
+        past, items, features = asked_with(given, seed)
+        known = dataclasses.replace(
+            past, actions=past.actions & 0b11, features=placed(past.features, columns)
+        )
+        expected = plain.rank(known, items, NOW, features=placed(features, columns))
+        ranked = asked.rank(past, items, NOW, features=features, user=seed)
+        assert ranked.actions == OWN.actions
+        np.testing.assert_array_equal(ranked.probabilities, expected.probabilities)
+        context = features[0, : given.contexts]
+        nearest = asked.retrieve(past, 5, NOW, context=context, user=seed)
+        assert nearest.reuse is Reuse.HIT
+        expected_nearest = plain.retrieve(known, 5, NOW, context=placed(context[None], columns[:2])[0])
+        np.testing.assert_array_equal(nearest.items, expected_nearest.items)
+        np.testing.assert_array_equal(nearest.scores, expected_nearest.scores)
+    with pytest.raises(WrongFeatures, match=f"expected {len(given.features)} columns"):
+        asked.rank(known, items, NOW)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        Schema(("like", "click"), OWN.features),
+        Schema(("click", "buy"), OWN.features),
+        Schema(OWN.actions, ("context.device", "context.place", "item.genre")),
+        Schema(OWN.actions, ("context.place", "context.device", "item.brand")),
+        Schema(("click", "like", "buy"), ("item.genre",)),
+    ],
+)
+def test_a_version_whose_bits_and_columns_mean_something_else_is_not_served(given: Schema) -> None:
+    made = Engine(ServeConfig(), schema=given)
+    with pytest.raises(
+        UnusableWeights, match=r"version 1 was trained with other actions or features.*events"
+    ):
+        made.swap(VERSIONS[1])
+    assert made.manifest is None

@@ -62,3 +62,4 @@ def test_a_configuration_of_events_names_one() -> None:
     schema = Schema.of(events)
     assert schema == Schema(("click",), ("context.device", "context.app", "item.genre"))
     assert schema.contexts == 2
+    assert str(schema) == "actions click; features context.device, context.app, item.genre"

@@ -56,6 +56,7 @@ class FakeBackend:
         self.at_ms = -1
         self.exclude: Keys | None = None
         self.context: Keys | None = None
+        self.actions: tuple[str, ...] = ("click", "like")
         self.broken: Callable[[], Any] | None = None
 
     async def history(self, user: Id) -> UserHistory:
@@ -66,8 +67,9 @@ class FakeBackend:
     async def rank(self, user: Id, history: History, items: Keys, features: Keys, at_ms: int) -> Ranked:
         self.features, self.at_ms = features, at_ms
         ids = ints_of_keys(Namespace.ITEM, items)
-        scores = np.stack([ids / 1000, 1 - ids / 1000], axis=1).astype(np.float32)
-        return Ranked(scores, ids < 10, version=4, reuse=Reuse.MISS)
+        columns = [ids / 1000, 1 - ids / 1000, ids * 0 + 0.25][: len(self.actions)]
+        scores = np.stack(columns, axis=1).astype(np.float32)
+        return Ranked(scores, ids < 10, version=4, reuse=Reuse.MISS, actions=self.actions)
 
     async def retrieve(
         self, user: Id, history: History, k: int, context: Keys, at_ms: int, exclude: Keys
@@ -249,6 +251,15 @@ def test_scores_come_in_the_order_of_the_candidates_and_say_what_they_are_from(c
     assert [r["item_id"] for r in answer["results"]] == [20, 3]
     assert [r["known"] for r in answer["results"]] == [False, True]
     assert answer["results"][0]["scores"] == pytest.approx({"click": 0.02, "like": 0.98})
+
+
+@pytest.mark.parametrize("actions", [("click",), ("click", "like", "buy")])
+def test_scores_are_named_by_the_version_that_gave_them_whatever_is_configured(
+    client: TestClient, backend: FakeBackend, actions: tuple[str, ...]
+) -> None:
+    backend.actions = actions
+    answer = client.post(RANK, json={"user_id": 1, "candidates": [20]}).json()
+    assert tuple(answer["results"][0]["scores"]) == actions
 
 
 def test_a_user_nobody_has_seen_is_ranked_for_without_history(client: TestClient) -> None:

@@ -8,11 +8,14 @@ import pytest
 
 from grstream.config import Config, parse
 from grstream.histories import History
+from grstream.schema import Schema
 from grstream.scores import EngineNotReady
-from serve.errors import QueueFull
+from serve.errors import OtherSchema, QueueFull
 from serve.scorer import Scorer
+from serve.shard import HistoryShard
 
 NOTHING = np.empty(0, np.int64)
+SCHEMA = Schema(("click",), ())
 HISTORY = History(NOTHING, np.empty(0, np.int32), NOTHING, np.empty((0, 0), np.int64), 0, 0)
 
 
@@ -47,7 +50,7 @@ def test_a_scorer_holds_so_many_requests_and_refuses_the_next_at_once(tmp_path: 
         scorer._engine = engine  # type: ignore[assignment]
 
         def ask(number: int) -> asyncio.Task:
-            return asyncio.create_task(scorer.rank(1, HISTORY, NOTHING, NOTHING, number))
+            return asyncio.create_task(scorer.rank(SCHEMA, 1, HISTORY, NOTHING, NOTHING, number))
 
         held = [ask(number) for number in range(3)]
         await asyncio.sleep(0.05)
@@ -72,12 +75,36 @@ def test_a_scorer_without_weights_says_so_and_one_whose_follower_died_is_unhealt
 ) -> None:
     async def scenario() -> None:
         scorer = Scorer(config(tmp_path, queue=3))
-        for call in (scorer.manifest(), scorer.rank(1, HISTORY, NOTHING, np.empty((0, 0), np.int64), 0)):
+        features = np.empty((0, 0), np.int64)
+        for call in (scorer.manifest(), scorer.rank(SCHEMA, 1, HISTORY, NOTHING, features, 0)):
             with pytest.raises(EngineNotReady):
                 await call
         await scorer.check_health()
         scorer._follower.stop()
         with pytest.raises(RuntimeError, match="follows the weights"):
             await scorer.check_health()
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_answers_nobody_whose_columns_and_bits_mean_something_else(tmp_path: pathlib.Path) -> None:
+    """While an application is updated, old and new replicas call each other."""
+
+    async def scenario() -> None:
+        other = config(tmp_path, queue=3)
+        scorer, shard = Scorer(other), HistoryShard(other, 0)
+        features = np.empty((0, 1), np.int64)
+        grown = Schema(("click",), ("context.device",))
+        for call in (
+            scorer.rank(grown, 1, HISTORY, NOTHING, features, 0),
+            scorer.retrieve(grown, 1, HISTORY, 1, NOTHING, 0, NOTHING),
+            shard.history(grown, 1, 0),
+        ):
+            with pytest.raises(
+                OtherSchema, match=r"features context\.device: the application is being updated"
+            ):
+                await call
+        scorer._follower.stop()
+        shard._tail.stop()
 
     asyncio.run(scenario())
