@@ -1,12 +1,15 @@
 """The training loop: turns, checkpoints, journals and versions; then the whole job on Ray."""
 
+import contextlib
 import dataclasses
+import json
 import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import ray
@@ -19,12 +22,15 @@ from grstream.board import Board, Progress
 from grstream.checkpoints import CheckpointConflict, CheckpointStore
 from grstream.gate import Diverged
 from grstream.journal import Mark, lineage
-from grstream.kafka import BrokerUnavailable, TopicMissing, create_topic
+from grstream.kafka import BrokerUnavailable, TopicMissing, create_topic, producer
+from grstream.keys import partition_key
 from grstream.learner import Learner
 from grstream.ledger import Disposition, Ledger, OffsetRange
 from grstream.microbatch import MicroBatch
 from grstream.ranks import Ranks
 from grstream.reader import LogTruncated
+from grstream.schema import SchemaChanged
+from grstream.snapshot_files import SnapshotFiles
 from grstream.source import ReadersNotStarted
 from grstream.strays import StrayUsers
 from grstream.train import NotEnoughCpus, train
@@ -32,7 +38,7 @@ from grstream.trainer import Trainer
 from grstream.until import Until
 from grstream.weights import NonFiniteWeights, WeightStore
 from tests.grstream.micro_batches import random_batches
-from tests.grstream.streams import Stream, make_config
+from tests.grstream.streams import START_MS, Stream, make_config
 
 # -- one rank, without Ray and Kafka ------------------------------------------------------------------------
 
@@ -178,6 +184,45 @@ def test_what_a_journal_says_beyond_the_checkpoint_resumed_from_is_left_out(conf
     ranges = lineage(config.storage / "metrics", Mark(found.record.run, found.record.entries))
     assert list(Ledger(ranges)) == list(found.ledger)
     assert len(list((config.storage / "metrics").iterdir())) == 3
+
+
+def with_events(config: configs.Config, **changes: list[str]) -> configs.Config:
+    """The configuration of the same storage with other actions or features."""
+    events = configs.EventsConfig(**{**config.events.model_dump(), **changes})
+    return config.model_copy(update={"events": events})
+
+
+def test_a_run_goes_on_under_a_grown_schema_and_says_so(
+    config: configs.Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = batches(6)
+    run(config, stream[:3])
+    grown = with_events(config, actions=["click", "like", "buy"], item_features=["genre"])
+    later = [dataclasses.replace(b, features=np.full((len(b.items), 1), 7)) for b in stream[3:]]
+    run(grown, later)
+    found = CheckpointStore(config.storage / "checkpoints").newest()
+    assert found is not None
+    assert found.record.step == 6
+    assert list(found.ledger) == list(Ledger(r for b in stream for r in b.ranges))
+    said = ["action buy is new: its parameters and its figures begin now"]
+    said += ["feature item.genre is new: absent from every event so far"]
+    assert [m for m in caplog.messages if "migrated" in m] == [f"checkpoint 1 is migrated: {s}" for s in said]
+    journals = sorted((config.storage / "metrics").iterdir())
+    noted = [json.loads(line).get("migrated") for path in journals for line in path.open()]
+    assert [note for note in noted if note] == [said]
+    weights = WeightStore(config.storage / "weights")
+    recipe = weights.load(weights.numbers()[-1]).manifest.recipe
+    assert (recipe.actions, recipe.features) == (["click", "like", "buy"], ["item.genre"])
+
+
+@pytest.mark.parametrize("actions", [["click"], ["like", "click"], ["buy", "click", "like"]])
+def test_a_run_whose_actions_were_taken_away_or_moved_does_not_begin(
+    config: configs.Config, actions: list[str]
+) -> None:
+    run(config, batches(3))
+    with pytest.raises(SchemaChanged, match=r"events\.actions"):
+        Trainer(with_events(config, actions=actions), Ranks(), QuietBoard(), None)
+    assert WeightStore(config.storage / "weights").numbers() == [1, 2], "nothing is published"
 
 
 class Endless(Shard):
@@ -439,3 +484,39 @@ class TestJob:
         kafka = config.kafka.model_copy(update={"request_timeout_ms": 1000})
         with pytest.raises(BrokerUnavailable, match="no Kafka broker answered"):
             train(config.model_copy(update={"kafka": kafka}))
+
+    def test_a_job_goes_on_under_a_grown_schema_where_it_left_off(self, cluster: None, job: Stream) -> None:
+        grown = with_events(
+            job.config, actions=["click", "like", "buy"], context=["device"], item_features=["genre"]
+        )
+        config = grown.model_copy(update={"train": grown.train.model_copy(update={"workers": 1})})
+        before = CheckpointStore(config.storage / "checkpoints").newest()
+        assert before is not None
+        assert any(SnapshotFiles(config, p).restore(at_least=0) for p in range(3)), "histories go on, too"
+        with contextlib.closing(producer(config.kafka)) as out:
+            for n in range(60):
+                event = {
+                    "user_id": n % 20,
+                    "item_id": n,
+                    "actions": ["buy"],
+                    "timestamp_ms": START_MS + job.sent + n,
+                    "context": {"device": n % 3},
+                    "item_features": {"genre": "noir"},
+                }
+                out.send(config.kafka.topic, json.dumps(event).encode(), key=partition_key(n % 20))
+            out.flush()
+        final = train(config, Until.parse("now", config))
+        assert final is not None
+        assert sum(final.settled.values()) == job.sent + 60
+        assert final.events == before.record.events + 60
+        assert audit(config).passed
+        assert "ne/click" in final.figures
+        weights = WeightStore(config.storage / "weights")
+        version = weights.load(weights.numbers()[-1])
+        assert version.manifest.recipe.actions == ["click", "like", "buy"]
+        assert len(version.weights.dense["actions"]) == 3
+
+    def test_a_job_whose_action_was_taken_away_ends_with_what_to_do(self, cluster: None, job: Stream) -> None:
+        """The one before left a checkpoint that knows of more than `job.config` does."""
+        with pytest.raises(SchemaChanged, match=r"events\.actions lacks buy.*another `storage`"):
+            train(job.config)
