@@ -71,8 +71,14 @@ class EntropyGate:
         self._long.add(timely)
 
     def seed(self, recent: Predictions) -> None:
-        """Begin with what is known of the recent events: a resumed trainer judges as it did."""
-        self._long.add(recent)
+        """Begin with what is known of the recent events: a resumed trainer judges as it did.
+
+        Where actions are new, with those from which on all were asked about. How a new action is predicted at
+        first says nothing of the weights, so that it takes a whole window again until they are judged.
+        """
+        asked = np.isfinite(recent.probabilities.sum(1))
+        if asked.any():
+            self._long.add(recent.where(asked))
 
 
 class _Window:

@@ -97,6 +97,28 @@ def test_a_gate_that_is_seeded_judges_at_once() -> None:
     assert not judge.open
 
 
+def test_how_a_new_action_is_predicted_at_first_is_no_jump_and_is_judged_later() -> None:
+    draw, judge = np.random.default_rng(6), gate()
+    before = [said(draw, (0.2, 0.01)) for _ in range(16)]
+    for step in before:
+        step.probabilities[:, 1] = np.nan  # it was not configured
+    judge.seed(Predictions.concat(before))
+    untold = [said(draw, (0.2, 0.01)) for _ in range(3)]
+    for step in untold:
+        step.probabilities[:, 1] = 0.5
+        judge.update(step)
+    assert judge.open
+    resumed = gate()
+    resumed.seed(Predictions.concat([*before, *untold]))
+    for one in (judge, resumed):
+        for _ in range(60):
+            one.update(said(draw, (0.2, 0.01)))
+            assert one.open
+        for _ in range(3):
+            one.update(said(draw, (0.2, 0.01), right=-1))
+        assert not one.open, "it judges again"
+
+
 def test_without_a_bound_nothing_is_judged() -> None:
     draw, judge = np.random.default_rng(5), gate(max_entropy_jump=None)
     for right in (1, -1):

@@ -86,7 +86,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         old, directory = learner(OLD, kind), tmp_path_factory.mktemp(kind)
         for batch in stream(0, 6, old):
             old.step(batch)
-        old.save(directory)
+        old.state().save(directory)
         return old, directory
 
     return made
@@ -161,7 +161,7 @@ def test_a_migrated_learner_saved_and_loaded_is_the_same_and_needs_no_migration(
     new.load(directory)
     first, *rest = stream(1, 4, new)
     new.step(first)
-    new.save(tmp_path)
+    new.state().save(tmp_path)
     assert again.load(tmp_path) == []
     for batch in rest:
         one, other = new.step(batch).predictions, again.step(batch).predictions
@@ -181,7 +181,7 @@ def test_loading_does_not_move_the_random_numbers_to_come(saved: Saved) -> None:
 
 
 def test_a_learner_that_has_not_taken_a_step_can_grow(tmp_path: pathlib.Path) -> None:
-    learner(OLD).save(tmp_path)
+    learner(OLD).state().save(tmp_path)
     new = learner(NEW)
     new.load(tmp_path)
     new.step(stream(1, 1, new)[0])
@@ -241,7 +241,7 @@ def without_names(directory: pathlib.Path, events: dict[str, Any]) -> None:
     old = learner(events)
     for batch in stream(0, 2, old) if events != PLAIN else random_batches(0, 2):
         old.step(batch)
-    old.save(directory)
+    old.state().save(directory)
     state = torch.load(directory / "learner.pt", weights_only=True)
     del state["recipe"], state["metrics"]["before"]
     torch.save(state, directory / "learner.pt")
