@@ -14,6 +14,7 @@ DENSE = "dense.safetensors"
 ROWS, NAMES = "rows.safetensors", "item_names.json"
 TOUCHED, NEW_NAMES = "touched.safetensors", "new_item_names.json"
 OF_WEIGHTS, OF_DELTA = (DENSE, ROWS, NAMES), (DENSE, TOUCHED, NEW_NAMES)
+OF_ROWS = (TOUCHED, NEW_NAMES)  # of a delta that another one follows
 
 
 class Unreadable(ValueError):
@@ -43,12 +44,12 @@ def weights_of(files: Mapping[str, bytes]) -> Weights:
 
 
 def delta_of(previous: int, files: Mapping[str, bytes]) -> Delta:
-    """From the files OF_DELTA. Raises Unreadable."""
+    """From the files OF_DELTA, or, without dense parameters, OF_ROWS. Raises Unreadable."""
     try:
         arrays = safetensors.numpy.load(files[TOUCHED])
         size = int(arrays.pop("size"))
-        dense, names = safetensors.numpy.load(files[DENSE]), _names(files[NEW_NAMES])
-        return Delta(previous, size, dense, item_names=names, **arrays)
+        dense = safetensors.numpy.load(files[DENSE]) if DENSE in files else {}
+        return Delta(previous, size, dense, item_names=_names(files[NEW_NAMES]), **arrays)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise Unreadable(str(error)) from error
 

@@ -28,7 +28,15 @@ import numpy as np
 import pydantic
 
 from grstream import directories
-from grstream.weight_files import OF_DELTA, OF_WEIGHTS, Unreadable, delta_of, encoded, weights_of
+from grstream.weight_files import (
+    OF_DELTA,
+    OF_ROWS,
+    OF_WEIGHTS,
+    Unreadable,
+    delta_of,
+    encoded,
+    weights_of,
+)
 from grstream.weights import (
     FORMAT,
     Changed,
@@ -211,6 +219,8 @@ class WeightStore:
         Raises VersionMissing or CorruptWeights, with nothing ordered.
         """
         before = self.orders()
+        if number is not None and number not in self.numbers():
+            raise VersionMissing(f"no weights version {number} in {self._directory}")
         if number is not None:
             # Ordered before it is read, so that no publisher prunes it in between.
             self._order(before.model_copy(update={"pinned": number}))
@@ -278,16 +288,16 @@ class WeightStore:
         directories.sync(self._directory)
 
     def prune(self, keep: int) -> list[int]:
-        """Delete all but the newest `keep` versions and what dead writers left; the numbers deleted.
+        """Delete all but the newest `keep` versions that are not withdrawn, and what dead writers left.
 
-        The one that is ordered to be served is kept, too, and so is every one that a kept one builds on. A
-        version goes at once, by a rename, so that a reader misses it whole.
+        The newest and the pinned one are kept, too, and so is every one that a kept one builds on. A version
+        goes at once, by a rename, so that a reader misses it whole. Returns the numbers deleted.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, or numbers could be given twice; got {keep}")
         numbers, orders = self.numbers(), self.orders()
-        ordered = {orders.pinned, orders.newest(numbers)}
-        kept = self._needed({n for n in numbers if n in ordered or n in numbers[-keep:]})
+        good = [number for number in numbers if number not in orders.withdrawn]
+        kept = self._needed({n for n in numbers if n in good[-keep:] or n in (numbers[-1], orders.pinned)})
         gone = [number for number in numbers if number not in kept]
         for number in reversed(gone):  # what builds on another goes first
             directories.disappear(self._path(number))
@@ -346,7 +356,7 @@ class WeightStore:
                 met = []
             if at.previous is None:
                 break
-            read += _bytes(at, OF_DELTA)
+            read += _bytes(at, OF_ROWS)
             try:
                 below = self.manifest(at.previous)
             except (CorruptWeights, VersionMissing) as error:
@@ -364,7 +374,8 @@ class WeightStore:
 
     def _read_along(self, way: Sequence[Manifest], held: WeightsVersion | None) -> WeightsVersion:
         manifest = way[-1]
-        deltas = [self._delta(step) for step in way[1:]]
+        deltas = [self._delta(step, OF_ROWS) for step in way[1:-1]]
+        deltas += [self._delta(step, OF_DELTA) for step in way[1:][-1:]]
         following = held is not None and way[0].holds_what(held.manifest)
         before = held.weights if held is not None and following else self._weights(way[0])
         try:
@@ -387,14 +398,14 @@ class WeightStore:
         except Unreadable as error:
             raise CorruptWeights(manifest.number, "its arrays", f"cannot be used: {error}") from error
 
-    def _delta(self, manifest: Manifest) -> Delta:
-        """What a version adds to the one before it. Raises as `load` does."""
+    def _delta(self, manifest: Manifest, files: Sequence[str]) -> Delta:
+        """What a version adds to the one before it, read from these files. Raises as `load` does."""
         found = None if self._nearby is None else self._nearby.delta(manifest)
         if found is not None:
             return found
         assert manifest.previous is not None
         try:
-            return delta_of(manifest.previous, self._verified(manifest, OF_DELTA))
+            return delta_of(manifest.previous, self._verified(manifest, files))
         except Unreadable as error:
             raise CorruptWeights(manifest.number, "its arrays", f"cannot be used: {error}") from error
 

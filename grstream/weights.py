@@ -95,7 +95,7 @@ class Delta:
 
     previous: int  # number of that version
     size: int  # rows there are now
-    dense: dict[str, npt.NDArray]
+    dense: dict[str, npt.NDArray]  # may be left out where another delta follows
     places: npt.NDArray[np.int64]  # (m,) ascending
     keys: Keys  # (m,) as now at these places: one that was evicted is at none
     rows: npt.NDArray[np.float32]  # (m, d)
