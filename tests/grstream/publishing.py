@@ -85,7 +85,7 @@ class Run:
         """From a checkpoint of now."""
         self.publisher.close()
         directory = pathlib.Path(tempfile.mkdtemp(dir=self.config.storage))
-        self.learner.save(directory)
+        self.learner.state().save(directory)
         self.learner = Learner(self.config)
         self.learner.load(directory)
         self.publisher = Publisher(self.config, self.learner)
