@@ -239,13 +239,12 @@ def _item_vectors_after(
     changed: npt.NDArray[np.int64],  # places, ascending
 ) -> torch.Tensor:
     """The item vectors of a version. Each is a function of its row: those of rows that stayed are copied."""
+    if not len(before.item_vectors):
+        return model.item_vectors(_at(rows, np.flatnonzero(items)))
     places = np.flatnonzero(items)
-    stayed = items[: len(before.items)] & before.items
-    stayed[changed[changed < len(stayed)]] = False
-    vectors = torch.empty(len(places), rows.shape[1], device=rows.device)
-    of_stayed = np.searchsorted(places, np.flatnonzero(stayed))
-    were = np.flatnonzero(stayed[before.items])
-    vectors[torch.from_numpy(of_stayed).to(rows.device)] = _at(before.item_vectors, were)
+    were = np.zeros(len(items), np.int64)  # where a place's item vector was; of one that had none, anywhere
+    were[: len(before.items)] = np.maximum(np.cumsum(before.items) - 1, 0)
+    vectors = _at(before.item_vectors, were[places])
     fresh = changed[items[changed]]
     at = torch.from_numpy(np.searchsorted(places, fresh)).to(rows.device)
     vectors[at] = model.item_vectors(_at(rows, fresh))
@@ -253,7 +252,7 @@ def _item_vectors_after(
 
 
 def _at(rows: torch.Tensor, places: npt.NDArray[np.int64]) -> torch.Tensor:
-    return rows[torch.from_numpy(places).to(rows.device)]
+    return rows.index_select(0, torch.from_numpy(places).to(rows.device))
 
 
 def _require_finite(version: WeightsVersion, changed: npt.NDArray[np.int64] | None) -> None:
