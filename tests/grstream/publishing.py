@@ -58,10 +58,10 @@ class Run:
         self.store = WeightStore(config.storage / "weights")
         self.published: dict[int, Weights] = {}  # as they were, whole
 
-    def learn(self, keys: list[int], named: bool = False, seed: int = 0) -> None:
-        """A step about these distinct keys, the even ones of which are items."""
+    def learn(self, keys: list[int], named: bool = False, seed: int = 0, idle: int = 0) -> None:
+        """A step about these distinct keys, the even ones items; the first `idle` get no gradient."""
         at, vocabulary = np.array(keys, np.int64), self.learner.vocabulary
-        rows = vocabulary.admit(at, at % 2 == 0)
+        rows = vocabulary.admit(at, at % 2 == 0)[idle:]
         draw = torch.Generator().manual_seed(seed)
         vocabulary.update(rows, torch.randn(len(rows), DIM, generator=draw), 0.1)
         if named:
