@@ -40,7 +40,7 @@ from grstream.keys import Namespace, key_of, keys_of_ints
 from grstream.lag import Lag
 from grstream.scores import Ranked
 from grstream.synthetic import CLICK
-from grstream.weights import WeightStore
+from grstream.weight_store import WeightStore
 from jobs.client import Client
 from jobs.observer import Learned, Observer
 from jobs.stack import ROOT, LocalStack

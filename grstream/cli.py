@@ -37,7 +37,8 @@ def weights(options: argparse.Namespace) -> int:
     """List versions, or order which one is served."""
     # These take a second to import, which the broker need not wait for.
     from grstream import config
-    from grstream.weights import WeightsError, WeightStore
+    from grstream.weight_store import WeightStore
+    from grstream.weights import WeightsError
 
     try:
         store = WeightStore(config.load(options.config).storage / "weights")

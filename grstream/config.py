@@ -194,7 +194,18 @@ class TrainConfig(Section):
     checkpoint_every_s: float = pydantic.Field(60, gt=0)
     keep_checkpoints: int = pydantic.Field(3, ge=1)
     max_restarts: int = pydantic.Field(-1, ge=-1, description="of the worker group; -1: no limit")
-    keep_versions: int = pydantic.Field(5, ge=2)
+    base_every: int = pydantic.Field(
+        20,
+        ge=1,
+        description="versions from one that holds all embedding rows to the next; those between hold "
+        "what was touched since the one before",
+    )
+    keep_versions: int = pydantic.Field(5, ge=2, description="newest ones, beside what they build on")
+    exchange: bool = pydantic.Field(
+        True,
+        description="scorers of the same Ray cluster get versions through its object store, which then "
+        "holds a base and the deltas since; without, and in other clusters, from storage",
+    )
     recent_events: int = pydantic.Field(20_000, ge=1, description="events that the recent figures are over")
     max_entropy_jump: float | None = pydantic.Field(
         0.5,

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from grstream.config import ServeConfig
+from grstream.embedding_table import EmbeddingTable
 from grstream.histories import History
 from grstream.keys import ABSENT, Keys
 from grstream.kv_cache import Entry, KVCache
@@ -32,7 +33,6 @@ from grstream.scores import (
     WrongFeatures,
 )
 from grstream.tokens import Events, Kind, Tokens, candidate_kind, changed_context, memory_tokens
-from grstream.vocabulary import Vocabulary
 from grstream.weights import Manifest, Weights, WeightsVersion
 
 logger = logging.getLogger(__name__)
@@ -47,10 +47,11 @@ class _Served:
     given: Schema  # that histories and requests come in
     columns: Columns  # where the features of `schema` are among those given
     model: HSTU
-    vocabulary: Vocabulary
+    table: EmbeddingTable
     item_names: dict[int, str]
-    item_keys: Keys  # (n,)
-    item_vectors: torch.Tensor  # (n, d)
+    items: npt.NDArray[np.bool_]  # (n,) which places hold an item
+    item_keys: Keys  # (i,) of these, in the order of places
+    item_vectors: torch.Tensor  # (i, d)
 
     @property
     def interleaved(self) -> bool:
@@ -84,9 +85,10 @@ class Engine:
     def swap(self, version: WeightsVersion) -> None:
         """Serve another version. Requests under way end with the one they began with.
 
-        Raises UnusableWeights, and goes on with the version it had.
+        One that says where it differs from the version being served is built from it: what did not change is
+        copied. Raises UnusableWeights, and goes on with the version it had.
         """
-        served = _build(version, self.device, self._schema)
+        served = _build(version, self.device, self._schema, self._served)
         if served.given != served.schema and (self._served is None or self._served.schema != served.schema):
             logger.warning(
                 "weights version %d was trained with %s, and is asked with %s: what only one of the two "
@@ -202,9 +204,12 @@ class Engine:
             yield Tokens.of_candidates(count, part, prefixes, times, kind)
 
 
-def _build(version: WeightsVersion, device: torch.device, given: Schema | None) -> _Served:
+def _build(
+    version: WeightsVersion, device: torch.device, given: Schema | None, before: _Served | None
+) -> _Served:
     weights, recipe = version.weights, version.manifest.recipe
-    _require_finite(version.number, weights)
+    changed = None if before is None else _changed(version, before.manifest)
+    _require_finite(version, changed)
     schema = Schema.of(recipe)
     given = given or schema
     problem = given.not_grown_from(schema)
@@ -216,33 +221,79 @@ def _build(version: WeightsVersion, device: torch.device, given: Schema | None) 
     model = HSTU(recipe.model, actions=len(recipe.actions))
     try:
         model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in weights.dense.items()})
-        vocabulary = Vocabulary.from_rows(
-            recipe.model.dim, recipe.vocabulary_seed, weights.keys, weights.rows, device=device
-        )
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
         raise UnusableWeights(
             f"weights version {version.number} is not what its recipe describes: {error}"
         ) from error
+    if weights.rows.shape[1] != recipe.model.dim:
+        raise UnusableWeights(
+            f"weights version {version.number} is not what its recipe describes: its rows are of "
+            f"{weights.rows.shape[1]} numbers"
+        )
     model.eval().requires_grad_(False).to(device)
+    if before is None or changed is None:
+        table = EmbeddingTable.of(weights, recipe.vocabulary_seed, device)
+    else:
+        table = before.table.after(weights, changed)
     with torch.inference_mode():
-        vectors = model.item_vectors(torch.from_numpy(weights.rows[weights.items]).to(device))
+        if before is None or changed is None:
+            vectors = model.item_vectors(_at(table.rows, np.flatnonzero(weights.items)))
+        else:
+            vectors = _item_vectors_after(before, model, table.rows, weights.items, changed)
     return _Served(
         manifest=version.manifest,
         schema=schema,
         given=given,
         columns=schema.columns_in(given),
         model=model,
-        vocabulary=vocabulary,
+        table=table,
         item_names=weights.item_names,
+        items=weights.items,
         item_keys=weights.keys[weights.items],
         item_vectors=vectors,
     )
 
 
-def _require_finite(number: int, weights: Weights) -> None:
+def _changed(version: WeightsVersion, before: Manifest) -> npt.NDArray[np.int64] | None:
+    """Where a version differs from the one `before`; None where it might anywhere."""
+    changed, manifest = version.changed, version.manifest
+    if changed is None or (changed.since, manifest.lineage) != (before.number, before.lineage):
+        return None
+    return changed.places if manifest.recipe == before.recipe else None
+
+
+def _item_vectors_after(
+    before: _Served,
+    model: HSTU,
+    rows: torch.Tensor,  # (n, d)
+    items: npt.NDArray[np.bool_],  # (n,)
+    changed: npt.NDArray[np.int64],  # places, ascending
+) -> torch.Tensor:
+    """The item vectors of a version. Each is a function of its row: those of rows that stayed are copied."""
+    if not len(before.item_vectors):
+        return model.item_vectors(_at(rows, np.flatnonzero(items)))
+    places = np.flatnonzero(items)
+    were = np.zeros(len(items), np.int64)  # where a place's item vector was; of one that had none, anywhere
+    were[: len(before.items)] = np.maximum(np.cumsum(before.items) - 1, 0)
+    vectors = _at(before.item_vectors, were[places])
+    fresh = changed[items[changed]]
+    at = torch.from_numpy(np.searchsorted(places, fresh)).to(rows.device)
+    vectors[at] = model.item_vectors(_at(rows, fresh))
+    return vectors
+
+
+def _at(rows: torch.Tensor, places: npt.NDArray[np.int64]) -> torch.Tensor:
+    return rows.index_select(0, torch.from_numpy(places).to(rows.device))
+
+
+def _require_finite(version: WeightsVersion, changed: npt.NDArray[np.int64] | None) -> None:
+    weights = version.weights
+    if changed is not None:  # the rest was looked at before
+        at = (weights.keys[changed], weights.rows[changed], weights.items[changed])
+        weights = Weights(weights.dense, *at, item_names={})
     bad = weights.not_finite()
     if bad is not None:
-        raise UnusableWeights(f"weights version {number}: {bad} holds values that are not finite")
+        raise UnusableWeights(f"weights version {version.number}: {bad} holds values that are not finite")
 
 
 def _require_finite_scores(served: _Served, scores: torch.Tensor) -> None:
@@ -276,11 +327,11 @@ def _as_trained(
 
 def _item_vectors(served: _Served, items: Keys, features: Keys) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
     """Item vector plus those of its features, column by column as in training; and which items are known."""
-    vectors, known = served.vocabulary.vectors(items)
+    vectors, known = served.table.vectors(items)
     for column in features.T[served.schema.contexts :]:
         present = np.flatnonzero(column != ABSENT)
         at = torch.from_numpy(present).to(vectors.device)
-        vectors.index_add_(0, at, served.vocabulary.vectors(column[present])[0])
+        vectors.index_add_(0, at, served.table.vectors(column[present])[0])
     return vectors, known
 
 
@@ -296,7 +347,7 @@ def _memory_tokens(served: _Served, history: History, begin: int) -> Tokens:
         items=vectors,
         actions=torch.from_numpy(history.actions[begin:].astype(np.int64)).to(device),
         times=torch.from_numpy(history.times[begin:].astype(np.int64)).to(device),
-        contexts=served.vocabulary.vectors(context[begin:][event, column])[0],
+        contexts=served.table.vectors(context[begin:][event, column])[0],
         context_of=torch.from_numpy(event).to(device),
     )
     return memory_tokens(events, served.interleaved)[0]
@@ -312,7 +363,7 @@ def _in_context(served: _Served, cache: Cache, history: History, context: Keys, 
     times = cache.times.new_full((len(column),), at_ms)
     tokens = Tokens.of_memory(
         lengths=cache.lengths.new_full((1,), len(column)),
-        vectors=served.vocabulary.vectors(context[column])[0],
+        vectors=served.table.vectors(context[column])[0],
         kinds=torch.full_like(times, Kind.CONTEXT),
         actions=torch.zeros_like(times),
         times=times,

@@ -45,6 +45,13 @@ class KeyTable:
     def nbytes(self) -> int:
         return self._keys.nbytes + self._free.nbytes + self._index.nbytes
 
+    def copy(self) -> "KeyTable":
+        """A table of the same keys in the same slots, which changes apart from this one."""
+        other = KeyTable.__new__(KeyTable)
+        other.__dict__.update(self.__dict__)
+        other._keys, other._free, other._index = self._keys.copy(), self._free.copy(), self._index.copy()
+        return other
+
     def find(self, keys: Keys) -> Slots:
         """The slot of each key, -1 where it is not in the table."""
         first, second = self._buckets(keys)

@@ -24,8 +24,8 @@ from grstream.ranks import Ranks
 from grstream.retrieval import expected_counts, full_softmax, sampled_softmax
 from grstream.stochastic_length import kept_events
 from grstream.tokens import Events, changed_context, context_before, training_tokens
-from grstream.vocabulary import Vocabulary, VocabularyState
-from grstream.weights import NonFiniteWeights, Recipe, Weights
+from grstream.vocabulary import Mark, Vocabulary, VocabularyState
+from grstream.weights import Delta, NonFiniteWeights, Recipe, Weights
 
 LEARNER = "learner.pt"  # a checkpoint's file
 RETRIEVAL_TEMPERATURE = 0.05
@@ -55,6 +55,15 @@ class Outputs(NamedTuple):
     ranking: torch.Tensor  # (N, d) what `action_logits` reads
     retrieval: torch.Tensor  # (N, d) what `user_vectors` reads
     tokens: int  # encoded for it
+
+
+class Taken(NamedTuple):
+    """What a version is made from. Once it is durable, `vocabulary.carried(mark, number)` is due."""
+
+    weights: Weights | None  # all there is, where it is to be a base
+    delta: Delta | None  # None where no version carries the rest
+    vocabulary: Vocabulary
+    mark: Mark
 
 
 class Learner:
@@ -329,8 +338,28 @@ class Learner:
     def weights(self) -> Weights:
         """A copy of what serving needs."""
         held = self.vocabulary.state()
-        dense = {name: t.detach().cpu().numpy().copy() for name, t in self.model.state_dict().items()}
-        return Weights(dense, held.keys, held.rows, held.items, held.item_names)
+        return Weights(self._dense(), held.keys, held.rows, held.items, held.item_names)
+
+    def taken(self, whole: bool) -> Taken:
+        """What the next version is to carry, copied: all if it must, else no more rows than were touched."""
+        held = self.vocabulary
+        rows, names, mark = held.touched()
+        delta = None
+        if held.version is not None:
+            delta = Delta(
+                previous=held.version,
+                size=len(held),
+                dense=self._dense(),
+                places=rows,
+                keys=held.keys_of(rows),
+                rows=held.gather(rows).cpu().numpy(),
+                items=held.are_items(rows),
+                item_names=names,
+            )
+        return Taken(self.weights() if whole or delta is None else None, delta, held, mark)
+
+    def _dense(self) -> dict[str, npt.NDArray]:
+        return {name: t.detach().cpu().numpy().copy() for name, t in self.model.state_dict().items()}
 
     # -- state ------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from ray.train.v2.api.callback import UserCallback
 
 from grstream.board import Board, Progress
 from grstream.config import Config
+from grstream.exchange import Exchange
 from grstream.journal import new_run
 from grstream.kafka import TopicMissing, partition_count
 from grstream.ranks import Ranks
@@ -71,10 +72,13 @@ def train(
             "source.readers is %d and the topic has %d partitions", config.source.readers, partitions
         )
     board = Board()
+    exchange = Exchange(config.storage) if config.train.exchange else None
+    if exchange:
+        exchange.open(config.train.keep_versions)
     stop = stop or threading.Event()
     try:
         with concurrent.futures.ThreadPoolExecutor(1, "fit") as pool:
-            fitting = pool.submit(_trainer(config, board, until).fit)
+            fitting = pool.submit(_trainer(config, board, until, exchange).fit)
             shown = _watch(fitting, board, stop, show)
         error = fitting.exception()
         if error:
@@ -82,6 +86,8 @@ def train(
         return shown
     finally:
         board.close()
+        if exchange:
+            exchange.close()
 
 
 def _watch(
@@ -116,9 +122,9 @@ def _check_cpus(config: Config) -> None:
         raise NotEnoughCpus(needed, there)
 
 
-def _trainer(config: Config, board: Board, until: Until | None) -> TorchTrainer:
+def _trainer(config: Config, board: Board, until: Until | None, exchange: Exchange | None) -> TorchTrainer:
     return TorchTrainer(
-        functools.partial(_run_rank, config, board, until),
+        functools.partial(_run_rank, config, board, until, exchange),
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
             use_gpu=config.train.gpu,
@@ -138,13 +144,13 @@ def _trainer(config: Config, board: Board, until: Until | None) -> TorchTrainer:
     )
 
 
-def _run_rank(config: Config, board: Board, until: Until | None) -> None:
+def _run_rank(config: Config, board: Board, until: Until | None, exchange: Exchange | None) -> None:
     """What Ray Train runs in each worker."""
     logging.getLogger("kafka").setLevel(logging.WARNING)  # it tells of every connection
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
     try:
-        trainer = Trainer(config, ranks, board, until, get_device())
+        trainer = Trainer(config, ranks, board, until, get_device(), exchange)
     except SchemaChanged as error:
         board.fail(error)
         raise

@@ -26,10 +26,11 @@ from grstream.learner import Learner, LearnerState, NonFiniteLoss, StepReport
 from grstream.ledger import Disposition, Ledger, OffsetRange
 from grstream.microbatch import MicroBatch
 from grstream.predictions import PredictionLog
+from grstream.publisher import Exchanged, Publisher
 from grstream.ranks import Ranks
 from grstream.source import ReadersNotStarted, Until
 from grstream.strays import StrayUsers
-from grstream.weights import Manifest, NonFiniteWeights, Recipe, WeightStore
+from grstream.weights import NonFiniteWeights
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Trainer:
         board: Board,
         until: Until | None,
         device: torch.device | str = "cpu",
+        exchange: Exchanged | None = None,
     ) -> None:
         self._config, self._ranks, self._board, self._until = config, ranks, board, until
         self._learner = Learner(config, ranks, device)
@@ -118,20 +120,17 @@ class Trainer:
         self._waited_s = 0.0  # for input, since the last step
         self._strays = StrayUsers()
         self._store = CheckpointStore(config.storage / "checkpoints")
-        self._weights = WeightStore(config.storage / "weights")
-        self._publishing: concurrent.futures.Future[Manifest] | None = None
-        self._publisher = concurrent.futures.ThreadPoolExecutor(1, "publisher")
+        self._publisher = Publisher(config, self._learner, exchange) if self._leads else None
         self._saving: concurrent.futures.Future[Checkpoint] | None = None
         self._saver = concurrent.futures.ThreadPoolExecutor(1, "saver")
         self._gate = EntropyGate(len(config.events.actions), config.train)
-        self.checkpoint_number, self._version = 0, max(self._weights.numbers(), default=0)
+        self.checkpoint_number = 0
         self._migrated: list[str] = []  # of the checkpoint, to fit a schema that has grown
         resumed = self._resume()
         self._journal = self._open_journal(resumed)
         self._predictions = self._open_predictions()
         self._stopping = False
         self._saved_settled = self._settled()
-        self._published_step = -1
         self._next_checkpoint = time.monotonic() + config.train.checkpoint_every_s
         self._next_publish = time.monotonic()
         self._next_progress = time.monotonic()
@@ -155,7 +154,8 @@ class Trainer:
                 self.checkpoint_number,
             )
         self._report()
-        self._publisher.shutdown()
+        if self._publisher:
+            self._publisher.close()
         self._saver.shutdown()
         if self._journal:
             self._journal.close()
@@ -374,37 +374,17 @@ class Trainer:
     def _publish(self, wait: bool) -> None:
         """Publish a version if the weights have changed; without `wait`, beside the next steps."""
         self._next_publish = time.monotonic() + self._config.train.publish_every_s
-        if not self._leads or (self._publishing and not self._publishing.done() and not wait):
-            return
-        if self._publishing:
-            self._version = self._publishing.result().number
-            self._publishing = None
-        if self._learner.steps != self._published_step:
-            self._published_step = self._learner.steps
-            self._publishing = self._publisher.submit(
-                self._write_version,
-                weights=self._learner.weights(),
-                recipe=Recipe.of(self._config),
-                step=self._learner.steps,
-                positions={p: self._ledger.consumed(p) for p in self._ledger.partitions()},
-                newest_event_ms=self._newest_event_ms,
-            )
-        if wait and self._publishing:
-            self._version = self._publishing.result().number
-
-    def _write_version(self, **version: Any) -> Manifest:
-        manifest = self._weights.publish(**version)
-        self._weights.prune(self._config.train.keep_versions)
-        return manifest
+        if self._publisher:
+            positions = {p: self._ledger.consumed(p) for p in self._ledger.partitions()}
+            self._publisher.publish(positions, self._newest_event_ms, wait)
 
     def _report(self) -> None:
         """Tell the driver, and the journal, how it goes."""
         self._next_progress = time.monotonic() + PROGRESS_S
-        if self._publishing and self._publishing.done():
-            self._version = self._publishing.result().number
         self._saving_goes_on()
-        if not self._journal:
+        if not (self._publisher and self._journal):
             return
+        self._publisher.settle()
         positions = {p: self._ledger.watermark(p) or 0 for p in self._ledger.partitions()}
         figures = self._learner.metrics.figures()
         if self._config.train.stochastic_length is not None and self._sparsity:
@@ -419,7 +399,7 @@ class Trainer:
             newest_event_ms=self._newest_event_ms,
             strays=len(self._strays),
             figures={k: float(v) for k, v in figures.items() if math.isfinite(v)},
-            version=self._version,
+            version=self._publisher.version,
             checkpoint=self.checkpoint_number,
         )
         self._board.report(progress)

@@ -10,6 +10,8 @@ key at the same time give it the same row without talking.
 """
 
 import dataclasses
+import itertools
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,38 @@ def initial_rows(keys: Keys, dim: int, seed: int) -> torch.Tensor:
     x ^= x >> np.uint64(31)
     unit = (x >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - 1
     return torch.from_numpy(unit * np.float32(INITIAL_STD * 3**0.5))
+
+
+def vectors_of(
+    keys: Keys,  # (n,)
+    rows: npt.NDArray[np.int64],  # (n,) -1 of a key without one
+    table: torch.Tensor,  # (N, dim)
+    seed: int,
+) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+    """The vector of each key, its initial one if it has no row, and whether it has: (n, dim) and (n,)."""
+    known = rows >= 0
+    if known.all():
+        return embedding.gather(table, torch.from_numpy(rows).to(table.device)), known
+    out = torch.empty(len(keys), table.shape[1], device=table.device)
+    where = torch.from_numpy(known).to(table.device)
+    out[where] = embedding.gather(table, torch.from_numpy(rows[known]).to(table.device))
+    out[~where] = initial_rows(keys[~known], table.shape[1], seed).to(table.device)
+    return out, known
+
+
+class Mark(NamedTuple):
+    """A moment of a vocabulary, up to which a version carries what was touched."""
+
+    moment: int
+    names: int  # that there were
+
+
+class Touched(NamedTuple):
+    """What no published version carries yet. Taking it changes nothing: `Vocabulary.carried` does."""
+
+    rows: npt.NDArray[np.int64]  # (m,) ascending: new, given to another key, or updated
+    names: dict[int, str]  # new ones
+    mark: Mark
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +112,9 @@ class Vocabulary:
         self._admissions = 0
         # Rows in order of last use as of some admission, and that use: one used since is found by it.
         self._queue = self._queued_at = np.empty(0, np.int64)
+        self.version: int | None = None  # that holds every row as it is, but for the touched ones
+        self._touched_at = np.empty(0, np.int64)
+        self._mark, self._carried = Mark(0, 0), Mark(-1, 0)
 
     @classmethod
     def from_rows(
@@ -154,6 +191,7 @@ class Vocabulary:
             self._items[fresh] = items[new]
             self._keys[fresh] = keys[new]
             self._used[fresh] = self._admissions
+            self._touched_at[fresh] = self._mark.moment
         self.fresh = rows[new]
         return rows
 
@@ -190,19 +228,14 @@ class Vocabulary:
 
     def vectors(self, keys: Keys) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
         """The vector of each key, and whether it has a row: (n, dim) and (n,)."""
-        rows = self._table.find(keys)
-        known = rows >= 0
-        if known.all():
-            return self.gather(rows), known
-        out = torch.empty(len(keys), self.dim, device=self.device)
-        where = torch.from_numpy(known).to(self.device)
-        out[where] = self.gather(rows[known])
-        out[~where] = initial_rows(keys[~known], self.dim, self.seed).to(self.device)
-        return out, known
+        return vectors_of(keys, self._table.find(keys), self._rows, self.seed)
 
     def item_rows(self) -> npt.NDArray[np.int64]:
         """The rows of all items, ascending: (n,)."""
         return np.flatnonzero(self._items[: len(self)])
+
+    def are_items(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        return self._items[rows]
 
     def count(self, rows: npt.NDArray[np.int64]) -> None:
         """Another event about each of these items; a row may stand here several times."""
@@ -220,6 +253,21 @@ class Vocabulary:
         """Rowwise Adagrad: one accumulator a row, of the mean squared gradient. Rows are distinct."""
         at = torch.from_numpy(rows).to(self.device)
         embedding.rowwise_adagrad_(self._rows, self._squares, at, gradient, learning_rate)
+        self._touched_at[rows] = self._mark.moment
+
+    def touched(self) -> Touched:
+        """All that changed since `version`, or ever. What changes from now on is not under its mark."""
+        rows = np.flatnonzero(self._touched_at[: len(self)] > self._carried.moment)
+        # Names only come, and a dict keeps the order in which they came.
+        new = len(self.item_names) - self._carried.names
+        names = dict(itertools.islice(reversed(self.item_names.items()), new))
+        mark = Mark(self._mark.moment, len(self.item_names))
+        self._mark = Mark(mark.moment + 1, mark.names)
+        return Touched(rows, names, mark)
+
+    def carried(self, mark: Mark, version: int) -> None:
+        """A version that carries what was touched up to `mark` is durable."""
+        self._carried, self.version = mark, version
 
     def _reserve(self, n: int) -> None:
         held = len(self._keys)
@@ -234,3 +282,4 @@ class Vocabulary:
         self._keys = np.resize(self._keys, size)
         self._counts = np.resize(self._counts, size)
         self._used = np.resize(self._used, size)
+        self._touched_at = np.resize(self._touched_at, size)

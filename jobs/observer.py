@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from grstream.config import Config
-from grstream.weights import CorruptWeights, Manifest, VersionMissing, WeightStore
+from grstream.weight_store import WeightStore
+from grstream.weights import CorruptWeights, Manifest, VersionMissing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ class WeightsFollower:
         self._thread.start()
 
     def stop(self) -> None:
+        """Returns within the time of a poll."""
         self._stopping.set()
         self._thread.join()
 
@@ -60,4 +61,4 @@ class WeightsFollower:
                 logger.error("cannot read weights versions: %s", error)
                 again = False
             if not again:
-                self._stopping.wait(self._poll_s)
+                self._source.wait(self._poll_s)

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from grstream.config import Config
+from grstream.exchange import Exchange
 from grstream.histories import History
 from grstream.keys import Keys
 from grstream.schema import Schema
 from grstream.scores import EngineNotReady, Ranked, Retrieved
-from grstream.weights import Manifest, WeightStore
+from grstream.weight_store import WeightStore
+from grstream.weights import Manifest
 from serve.errors import QueueFull, require_schema
 from serve.follower import WeightsFollower
 
@@ -30,7 +32,7 @@ class Scorer:
         self._queue = config.serve.queue
         self._waiting = 0
         self._turns = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine")
-        store = WeightStore(config.storage / "weights")
+        store = WeightStore(config.storage / "weights", Exchange(config.storage))
         self._follower = WeightsFollower(store, self._engine, config.serve.poll_weights_s)
         self._follower.start()
 

@@ -13,7 +13,8 @@ from grstream import config as configs
 from grstream.audit import audit
 from grstream.kafka import create_topic
 from grstream.ledger import Disposition
-from grstream.weights import Weights, WeightStore
+from grstream.weight_store import WeightStore
+from grstream.weights import Weights
 from tests.faults.killing import DRIVER, PATIENCE_S, RANK, READER, Runs, kill_one, start_job, wait
 from tests.grstream.streams import Stream, make_config
 

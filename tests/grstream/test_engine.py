@@ -18,7 +18,8 @@ from grstream.schema import Schema, placed
 from grstream.scores import EngineNotReady, NonFiniteScores, Reuse, UnusableWeights, WrongFeatures
 from grstream.tokens import Kind, Tokens
 from grstream.vocabulary import Vocabulary
-from grstream.weights import Manifest, Recipe, Weights, WeightStore, WeightsVersion
+from grstream.weight_store import WeightStore
+from grstream.weights import Manifest, Recipe, Weights, WeightsVersion
 
 MODEL = ModelConfig(layers=2, dim=16, heads=2)
 FEATURES = ["context.place", "context.device", "item.genre"]

@@ -36,7 +36,8 @@ from grstream.strays import StrayUsers
 from grstream.train import NotEnoughCpus, train
 from grstream.trainer import Trainer
 from grstream.until import Until
-from grstream.weights import NonFiniteWeights, WeightStore
+from grstream.weight_store import WeightStore
+from grstream.weights import NonFiniteWeights
 from tests.grstream.micro_batches import random_batches
 from tests.grstream.streams import START_MS, Stream, make_config
 

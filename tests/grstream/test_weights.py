@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grstream import cli, keys, weights
+from grstream import cli, keys, weight_store
 from grstream.config import ModelConfig
+from grstream.weight_files import DENSE, NAMES, ROWS
+from grstream.weight_store import MANIFEST, MANIFEST_DIGEST, ORDERS, Orders, WeightStore
 from grstream.weights import (
     CorruptWeights,
     Manifest,
     NonFiniteWeights,
-    Orders,
     Recipe,
     VersionExists,
     VersionMissing,
     Weights,
     WeightsError,
-    WeightStore,
 )
 
 RECIPE = Recipe(
@@ -32,7 +32,7 @@ RECIPE = Recipe(
     features=["context.place"],
     vocabulary_seed=7,
 )
-FILES = [weights.MANIFEST, weights.MANIFEST_DIGEST, weights.DENSE, weights.ROWS, weights.NAMES]
+FILES = [MANIFEST, MANIFEST_DIGEST, DENSE, ROWS, NAMES]
 
 
 def some_weights(seed: int = 0, n: int = 5) -> Weights:
@@ -171,7 +171,7 @@ def test_a_publisher_that_dies_between_files_leaves_no_version(tmp_path: pathlib
     publish(store, seed=1)
     child = os.fork()
     if not child:
-        write, calls = weights._write, []
+        write, calls = weight_store._write, []
 
         def write_until_killed(path: pathlib.Path, data: bytes) -> None:
             if len(calls) == written:
@@ -180,7 +180,7 @@ def test_a_publisher_that_dies_between_files_leaves_no_version(tmp_path: pathlib
             calls.append(path)
             write(path, data)
 
-        weights._write = write_until_killed
+        weight_store._write = write_until_killed
         publish(store, seed=2)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -247,7 +247,7 @@ def test_a_version_copied_under_another_number_is_not_that_number(tmp_path: path
     store = WeightStore(tmp_path)
     publish(store)
     shutil.copytree(tmp_path / "v0000000001", tmp_path / "v0000000009")
-    with pytest.raises(CorruptWeights, match="number 1; expected 1, 9"):
+    with pytest.raises(CorruptWeights, match="number 1; expected 2, 9"):
         store.load(9)
 
 
@@ -311,7 +311,7 @@ def test_what_cannot_be_served_is_not_ordered(tmp_path: pathlib.Path) -> None:
     store = WeightStore(tmp_path)
     publish(store)
     publish(store)
-    file_of(tmp_path, 1, weights.ROWS).write_bytes(b"x")
+    file_of(tmp_path, 1, ROWS).write_bytes(b"x")
     for order in (lambda: store.pin(1), lambda: store.rollback(), lambda: store.pin(7)):
         with pytest.raises((CorruptWeights, VersionMissing)):
             order()
@@ -321,7 +321,7 @@ def test_what_cannot_be_served_is_not_ordered(tmp_path: pathlib.Path) -> None:
 
 def test_orders_that_cannot_be_read_are_an_error(tmp_path: pathlib.Path) -> None:
     publish(WeightStore(tmp_path))
-    (tmp_path / weights.ORDERS).write_text("{")
+    (tmp_path / ORDERS).write_text("{")
     with pytest.raises(WeightsError, match=r"orders\.json"):
         WeightStore(tmp_path).instead_of(0)
 

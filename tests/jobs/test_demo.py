@@ -21,7 +21,8 @@ import rich.console
 
 from grstream import config as configuration
 from grstream.config import Config
-from grstream.weights import Recipe, Weights, WeightStore
+from grstream.weight_store import WeightStore
+from grstream.weights import Recipe, Weights
 from jobs.child import Child, ChildDied, session_of
 from jobs.client import Client
 from jobs.demo import screen

@@ -21,7 +21,8 @@ from grstream.config import Config
 from grstream.kafka import create_topic
 from grstream.keys import Namespace, keys_of_ints
 from grstream.model import HSTU
-from grstream.weights import Recipe, Weights, WeightStore
+from grstream.weight_store import WeightStore
+from grstream.weights import Recipe, Weights
 from serve import proxy
 from serve.app import WrongPackage, require_own
 

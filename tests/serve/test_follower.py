@@ -35,6 +35,9 @@ class Source:
     def reject(self, number: int) -> None:
         self.rejected.append(number)
 
+    def wait(self, timeout_s: float) -> None:
+        time.sleep(timeout_s)
+
 
 class Engine:
     def __init__(self, *unusable: int) -> None:
