@@ -26,6 +26,7 @@ class Predictions:
     partitions: npt.NDArray[np.int32]  # (N,)
     offsets: npt.NDArray[np.int64]  # (N,)
     late: npt.NDArray[np.bool_]  # (N,) placed in the middle of its history
+    history: npt.NDArray[np.int32]  # (N,) events of its user that it was predicted from
     labels: npt.NDArray[np.bool_]  # (N, A)
     probabilities: npt.NDArray[np.float32]  # (N, A)
     ranks: npt.NDArray[np.int64]  # (N,) 0 is first among all items; -1 where retrieval was not asked
@@ -152,7 +153,9 @@ class StreamMetrics:
         self._sums = np.array(state["sums"], np.float64).reshape(len(self._actions), 3)
         self._window.clear()
         if state["window"] is not None:
-            self._window.append(Predictions(**state["window"]))
+            # Checkpoints of before do not say how much an event was predicted from; nothing here asks.
+            history = np.zeros(len(state["window"]["users"]), np.int32)
+            self._window.append(Predictions(**{"history": history, **state["window"]}))
         self._in_window = sum(map(len, self._window))
 
 
