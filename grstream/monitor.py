@@ -36,7 +36,7 @@ class Monitor:
         self._last: StepReport | None = None
         self._learned: dict[int, list[float]] = collections.defaultdict(list)  # seconds, since the last entry
         self._due = self._soonest = time.monotonic()
-        self._clock = 0  # event time of the last entry
+        self._clock = 0  # event time of the last entry, ms: the mean of where its windows end
 
     def settled(self, report: StepReport | None, seconds: float, read: Iterable[tuple[int, int]]) -> None:
         """A turn. `read`: for each micro-batch its partition, and the wall clock when it was read, ms."""
@@ -57,11 +57,14 @@ class Monitor:
         """Export how it goes, and make an entry of the log if it is time for one, or the `last`."""
         moment = self._moment(progress, learner, gate_open)
         self._export(progress, learner, moment)
-        now, clock = time.monotonic(), learner.quality.clock
+        now = time.monotonic()
+        caught_up = [row.partition for row in moment if row.figure == "lag" and row.value == 0]
+        ends = learner.quality.ends(caught_up).values()
+        clock = sum(ends) // max(1, len(ends))
         moved = clock - self._clock >= self._least_ms and now >= self._soonest
         if not (moved or now >= self._due or last):
             return
-        figures = learner.quality.figures()
+        figures = learner.quality.figures(caught_up)
         self._export_quality(figures, learner.quality.missed)
         rows = [Row(f.name, f.value, f.window, f.slice, f.action, events=f.events) for f in figures]
         rows += [Row("missed", count, window) for window, count in learner.quality.missed.items()]

@@ -1,8 +1,13 @@
 """Quality over sliding windows of event time, in total and by how much of its user was known (law 6).
 
 A window of an hour holds the newest hour of event time, to within a sixtieth of it, whatever the order in
-which events come. An event is counted with those that were predicted from as many events of their user; one
-that was placed in the middle of its history is counted apart, with the late ones, and in no other figure.
+which a partition's events come. Partitions are not read abreast: while a stream is caught up with, one may
+be months ahead of another. So each has a window of its own, which ends with its newest event, and figures are
+over all of these together. One that has been read to its end, and is only quiet, has the window that ends
+with the newest event of all such.
+
+An event is counted with those that were predicted from as many events of their user; one that was placed in
+the middle of its history is counted apart, with the late ones, and in no other figure.
 
 Everything but GAUC is made of sums. GAUC needs pairs of one user's events: it is exact while a window holds
 no more than GAUC_EVENTS timely ones, and beyond that is of a sample of users, half of them, then a quarter
@@ -11,7 +16,7 @@ users.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +32,7 @@ Ints = npt.NDArray[np.int64]
 PARTS = 60  # a window slides in steps of so small a part of it
 GAUC_EVENTS = 10_000  # per window: 70 bytes and less each, in memory and in a checkpoint
 ALL, LATE = "all", "late"
+_NEVER = -(2**62)
 _LEAST_SHARE = 53  # halvings, beyond which no user is left
 
 
@@ -75,11 +81,6 @@ class WindowedQuality:
         return 2 + len(self._config.hit_at) + 3 * len(self._actions)
 
     @property
-    def clock(self) -> int:
-        """The greatest event time predicted, ms; 0 before the first."""
-        return max(self.newest.values(), default=0)
-
-    @property
     def missed(self) -> dict[str, int]:
         """By window: events that came when it had moved on beyond them."""
         return {name: window.missed for name, window in self._windows.items()}
@@ -104,17 +105,24 @@ class WindowedQuality:
         per_action = [log_loss(p.probabilities, p.labels), p.labels, p.probabilities]
         return np.column_stack([*columns, *per_action]).astype(np.float64)
 
-    def figures(self) -> list[Figure]:
+    def ends(self, caught_up: Collection[int | None] = ()) -> dict[int, int]:
+        """Where the windows of each partition end, ms. `caught_up`: partitions read to their end."""
+        together = max((newest for p, newest in self.newest.items() if p in caught_up), default=0)
+        return {p: together if p in caught_up else newest for p, newest in self.newest.items()}
+
+    def figures(self, caught_up: Collection[int | None] = ()) -> list[Figure]:
         """All that are defined: no slice without events, no entropy without both labels."""
         out: list[Figure] = []
+        ends = self.ends(caught_up)
         for name, window in self._windows.items():
-            by_slice = window.sums.sum(0)
+            within = window.within(ends)
+            by_slice = window.total(within)
             rows = {ALL: by_slice[:-1].sum(0), **dict(zip(self._slices, by_slice, strict=True))}
             for slice_, row in rows.items():
                 if row[0]:
                     out += [Figure(name, slice_, *figure) for figure in self._of(row)]
             for a, action in enumerate(self._actions):
-                for s, value, events in window.gaucs(a):
+                for s, value, events in window.gaucs(a, within):
                     slice_ = ALL if s is None else self._slices[s]
                     out.append(Figure(name, slice_, action, "gauc", value, events))
             share = window.share
@@ -167,87 +175,115 @@ class WindowedQuality:
 
 
 class _Window:
-    """Sums in parts of the window, each with the place of its time modulo the window."""
+    """Sums in parts of a window, for each partition: those of a time are at its place modulo the window."""
 
     def __init__(self, width_ms: int, slices: int, actions: int, fields: int) -> None:
         self._step_ms = -(-width_ms // PARTS)
-        self._newest: int | None = None  # part of time, in steps since 1970; older ones than PARTS are gone
         self.missed = 0
-        self.sums = np.zeros((PARTS, slices, fields))
+        self._newest = np.empty(
+            0, np.int64
+        )  # (P,) part of time, in steps since 1970; older than PARTS are gone
+        self._sums = np.empty((0, PARTS, slices, fields))
         # The sample for GAUC. A part's level says by how many halvings its users were sampled at the least.
         self._level = 0  # at which events are taken now
-        self._levels = np.zeros(PARTS, np.int64)
-        self._sampled = np.zeros(PARTS, np.int64)  # events of each part
+        self._levels = np.empty((0, PARTS), np.int64)
+        self._sampled = np.empty((0, PARTS), np.int64)  # events of each part
         self._rows = [_Sample.none(actions)]
 
     def add(self, p: Predictions, slices: Ints, sums: Floats) -> None:
         parts = p.times // self._step_ms
-        self._advance(int(parts.max()))
-        assert self._newest is not None
-        inside = parts > self._newest - PARTS
+        self._reserve(int(p.partitions.max()) + 1)
+        for partition in np.unique(p.partitions).tolist():
+            self._advance(partition, int(parts[p.partitions == partition].max()))
+        inside = parts > self._newest[p.partitions] - PARTS
         if not inside.all():
             self.missed += len(parts) - int(inside.sum())
             p, slices, sums, parts = p.where(inside), slices[inside], sums[inside], parts[inside]
             if not len(p):
                 return
-        cells = parts % PARTS * self.sums.shape[1] + slices
+        places = p.partitions.astype(np.int64) * PARTS + parts % PARTS
+        cells = places * self._sums.shape[2] + slices
         order = np.argsort(cells, kind="stable")
         cells = cells[order]
         starts = np.flatnonzero(np.append(True, cells[1:] != cells[:-1]))
-        self.sums.reshape(-1, sums.shape[1])[cells[starts]] += np.add.reduceat(sums[order], starts, axis=0)
-        self._take(_Sample(p.users, parts, slices.astype(np.int8), p.labels, p.probabilities), ~p.late)
+        flat = self._sums.reshape(-1, sums.shape[1])
+        flat[cells[starts]] += np.add.reduceat(sums[order], starts, axis=0)
+        rows = _Sample(p.users, p.partitions, parts, slices.astype(np.int8), p.labels, p.probabilities)
+        self._take(rows, ~p.late)
 
-    def _advance(self, part: int) -> None:
-        if self._newest is None:
-            self._newest = part
-        if part <= self._newest:
+    def _reserve(self, partitions: int) -> None:
+        more = partitions - len(self._newest)
+        if more > 0:
+            self._newest = np.append(self._newest, np.full(more, _NEVER))
+            self._sums = np.concatenate([self._sums, np.zeros((more, *self._sums.shape[1:]))])
+            self._levels = np.concatenate([self._levels, np.full((more, PARTS), self._level)])
+            self._sampled = np.concatenate([self._sampled, np.zeros((more, PARTS), np.int64)])
+
+    def _advance(self, partition: int, part: int) -> None:
+        newest = int(self._newest[partition])
+        if part <= newest:
             return
-        gone = np.arange(max(self._newest, part - PARTS) + 1, part + 1) % PARTS
-        self.sums[gone] = 0
-        self._levels[gone] = self._level
-        self._sampled[gone] = 0
-        self._newest = part
+        gone = np.arange(max(newest, part - PARTS) + 1, part + 1) % PARTS
+        self._sums[partition, gone] = 0
+        self._levels[partition, gone] = self._level
+        self._sampled[partition, gone] = 0
+        self._newest[partition] = part
+
+    def within(self, ends_ms: dict[int, int]) -> npt.NDArray[np.bool_]:
+        """Which parts belong to the windows that end there: (P, PARTS)."""
+        held = self._newest[:, None] - (self._newest[:, None] - np.arange(PARTS)) % PARTS
+        ends = np.array([ends_ms.get(p, 0) for p in range(len(self._newest))], np.int64) // self._step_ms
+        return held > ends[:, None] - PARTS
+
+    def total(self, within: npt.NDArray[np.bool_]) -> Floats:
+        """Sums by slice: (S, fields)."""
+        return self._sums[within].sum(0)
 
     # -- the sample -------------------------------------------------------------------------------------
 
     @property
     def share(self) -> float:
         """Of the users that GAUC is over."""
-        return 0.5 ** int(self._levels.max())
+        return 0.5 ** int(self._levels.max(initial=0))
 
     def _take(self, rows: "_Sample", timely: npt.NDArray[np.bool_]) -> None:
         """Into the sample. What it holds afterwards depends on the stream alone, not on when it is tidied."""
         rows = rows.where(timely & (rows.draws() < 0.5**self._level))
         self._rows.append(rows)
-        self._sampled += np.bincount(rows.parts % PARTS, minlength=PARTS)
+        self._sampled += self._counts(rows)
         while self._sampled.sum() > GAUC_EVENTS and self._level < _LEAST_SHARE:
             self._level += 1
             self._levels = np.maximum(self._levels, self._level)
             live = self._live()
             self._rows = [live.where(live.draws() < 0.5**self._level)]
-            self._sampled = np.bincount(self._rows[0].parts % PARTS, minlength=PARTS)
+            self._sampled = self._counts(self._rows[0])
         if self._level and self._sampled.sum() * 4 < GAUC_EVENTS and self._levels.max() == self._level:
             self._level -= 1
         if len(self._rows) > PARTS or sum(len(r.users) for r in self._rows) > 2 * GAUC_EVENTS:
             self._live()
 
+    def _counts(self, rows: "_Sample") -> Ints:
+        """Events by partition and part: (P, PARTS)."""
+        places = rows.partitions.astype(np.int64) * PARTS + rows.parts % PARTS
+        return np.bincount(places, minlength=self._sampled.size).reshape(self._sampled.shape)
+
     def _live(self) -> "_Sample":
-        """The sampled events that the window still holds, in stream order; the others are let go."""
+        """The sampled events that the windows still hold, in stream order; the others are let go."""
         rows = _Sample.concat(self._rows)
-        if self._newest is not None:
-            rows = rows.where(rows.parts > self._newest - PARTS)
+        if len(self._newest):
+            rows = rows.where(rows.parts > self._newest[rows.partitions] - PARTS)
         self._rows = [rows]
         return rows
 
-    def gaucs(self, action: int) -> Iterator[tuple[int | None, float, int]]:
+    def gaucs(self, action: int, within: npt.NDArray[np.bool_]) -> Iterator[tuple[int | None, float, int]]:
         """Slice, None for all, GAUC, and the events of users that have both labels."""
         rows = self._live()
-        rows = rows.where(rows.draws() < self.share)
+        rows = rows.where(within[rows.partitions, rows.parts % PARTS] & (rows.draws() < self.share))
         labels, scores = rows.labels[:, action], rows.probabilities[:, action]
         _, aucs, events = user_aucs(rows.users, labels, scores)
         if len(aucs):
             yield None, float(np.average(aucs, weights=events)), int(events.sum())
-        slices = self.sums.shape[1]
+        slices = self._sums.shape[2]
         _, user = np.unique(rows.users, return_inverse=True)
         which, aucs, events = user_aucs(user * slices + rows.slices, labels, scores)
         for s in np.unique(which % slices).tolist():
@@ -257,10 +293,13 @@ class _Window:
     # -- state ------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
+        cells = self._sums.reshape(-1, self._sums.shape[3])
+        filled = np.flatnonzero(cells[:, 0])
         return {
-            "newest": self._newest,
             "missed": self.missed,
-            "sums": self.sums.copy(),
+            "newest": self._newest.copy(),
+            "filled": filled,
+            "sums": cells[filled],
             "level": self._level,
             "levels": self._levels.copy(),
             "sampled": self._sampled.copy(),
@@ -268,7 +307,9 @@ class _Window:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self._newest, self.missed, self.sums = state["newest"], state["missed"], state["sums"].copy()
+        self.missed, self._newest = state["missed"], state["newest"].copy()
+        self._sums = np.zeros((len(self._newest), *self._sums.shape[1:]))
+        self._sums.reshape(-1, self._sums.shape[3])[state["filled"]] = state["sums"]
         self._level, self._levels = state["level"], state["levels"].copy()
         self._sampled = state["sampled"].copy()
         self._rows = [_Sample(**state["rows"])]
@@ -278,6 +319,7 @@ class _Sample(NamedTuple):
     """Timely events that GAUC is made of: n of them."""
 
     users: Ints  # (n,) user keys
+    partitions: npt.NDArray[np.int32]  # (n,)
     parts: Ints  # (n,) of the window
     slices: npt.NDArray[np.int8]  # (n,)
     labels: npt.NDArray[np.bool_]  # (n, A)
@@ -287,6 +329,7 @@ class _Sample(NamedTuple):
     def none(cls, actions: int) -> "_Sample":
         return cls(
             np.empty(0, np.int64),
+            np.empty(0, np.int32),
             np.empty(0, np.int64),
             np.empty(0, np.int8),
             np.empty((0, actions), np.bool_),

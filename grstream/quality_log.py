@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
         "at_ms": pa.int64(),  # wall clock of the entry
         "run": _WORDS,
         "entries": pa.int64(),  # of the run's journal
-        "event_ms": pa.int64(),  # newest event time, at which the windows end
+        "event_ms": pa.int64(),  # event time at which the windows end, the mean over partitions
         "window": _WORDS,  # null where the figure is of the moment
         "slice": _WORDS,
         "action": _WORDS,

@@ -60,9 +60,10 @@ def fed(parts: list[Predictions], config: QualityConfig = CONFIG) -> WindowedQua
 
 
 def by_definition(p: Predictions, hours: float) -> dict[tuple[str, str | None, str], tuple[float, int]]:
-    """The figures of the window that ends with the newest part, from the events themselves."""
+    """The figures of the windows that end with each partition's newest part, from the events themselves."""
     step = math.ceil(hours * HOUR / PARTS)
-    p = p.where(p.times // step > p.times.max() // step - PARTS)
+    newest = np.array([p.times[p.partitions == i].max(initial=0) for i in range(3)])
+    p = p.where(p.times // step > newest[p.partitions] // step - PARTS)
     slices = {
         ALL: ~p.late,
         LATE: p.late,
@@ -98,8 +99,10 @@ def by_definition(p: Predictions, hours: float) -> dict[tuple[str, str | None, s
 @settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(1, 400), st.sampled_from([0.5, 3, 60]), st.integers(1, 97))
 def test_figures_are_those_of_the_events_of_the_window(seed, events, hours, size) -> None:
-    """However the stream is cut into steps, and in whatever order its times come within a window."""
+    """However the stream is cut into steps, in whatever order times come within a window, and partitions."""
     p = stream(seed, events, hours, disorder_ms=HOUR // 4)
+    ahead = np.array([0, 0, 1000])[seed % 3] * HOUR
+    p = Predictions(**{**vars(p), "times": p.times + ahead * p.partitions})
     got = figures(fed(steps(p, size)))
     for window, length in (("1h", 1), ("24h", 24)):
         mine = {k[1:]: v for k, v in got.items() if k[0] == window and k[3] != "gauc_share"}
@@ -115,7 +118,7 @@ def test_an_event_beyond_the_window_is_counted_as_missed() -> None:
     windows = fed([p])
     before = figures(windows)
     old = p.where(np.arange(100) < 7)
-    windows.update(Predictions(**{**vars(old), "times": old.times - 3 * HOUR}))
+    windows.update(Predictions(**{**vars(old), "times": old.times - 3 * HOUR}))  # of the same partitions
     after = figures(windows)
     assert windows.missed == {"1h": 7, "24h": 0}
     assert {k: v for k, v in after.items() if k[0] == "1h"} == {
@@ -132,11 +135,27 @@ def test_late_events_are_in_no_figure_but_their_own() -> None:
     assert got["1h", LATE, None, "events"][0] == p.late.sum() > 0
 
 
-def test_newest_times_are_kept_by_partition() -> None:
-    p = stream(2, 200, 5)
+def test_a_quiet_partition_has_the_window_of_those_that_were_read_to_their_end_too() -> None:
+    p = stream(2, 600, 0.9)
+    quiet = p.partitions == 1
+    p = Predictions(**{**vars(p), "times": p.times - 5 * HOUR * quiet})
     windows = fed(steps(p, 30))
-    assert windows.newest == {i: int(p.times[p.partitions == i].max()) for i in range(3)}
-    assert windows.clock == p.times.max()
+    newest = {i: int(p.times[p.partitions == i].max()) for i in range(3)}
+    assert windows.newest == windows.ends() == newest
+    assert windows.ends([0, 1]) == {**newest, 1: newest[0]}
+    behind, at_end = (
+        {(f.window, f.slice): f.events for f in windows.figures(read) if f.name == "events"}
+        for read in ([0, 2], [0, 1, 2])
+    )
+    timely = ~p.late
+    assert behind["1h", ALL] == behind["24h", ALL] == at_end["24h", ALL] == timely.sum()
+    assert at_end["1h", ALL] == (timely & ~quiet).sum()
+    of_others = {f: v for f, v in figures(fed([p.where(~quiet)])).items() if f[0] == "1h"}
+    assert {
+        (f.window, f.slice, f.action, f.name): (pytest.approx(f.value), f.events)
+        for f in windows.figures([0, 1, 2])
+        if f.window == "1h"
+    } == of_others
 
 
 @settings(max_examples=20)
@@ -263,4 +282,4 @@ def test_a_checkpoint_of_before_loads(tmp_path: pathlib.Path) -> None:
     state.save(tmp_path)
     resumed.load(tmp_path)
     assert resumed.metrics.figures() == learner.metrics.figures()
-    assert resumed.quality.clock == 0
+    assert resumed.quality.newest == {}
