@@ -93,7 +93,7 @@ class Monitor:
                 for p, newest in learner.quality.newest.items()
             ),
             *(Row(f"settled/{name}", count) for name, count in progress.settled.items()),
-            Row("events", progress.events),
+            Row("trained_events", progress.events),
             Row("step", progress.step),
             Row("version", progress.version),
             Row("checkpoint", progress.checkpoint),

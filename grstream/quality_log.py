@@ -115,7 +115,8 @@ class QualityLog:
             if len(files) == FAN:
                 self._files[size + 1].append(_merge(self._directory, files))
                 files.clear()
-                self._forget()
+        if not self._files[0]:
+            self._forget()
 
     def _tidy(self) -> None:
         """What earlier runs left becomes one file a run."""

@@ -46,10 +46,12 @@ def quality(config: Config, entries: Entries) -> str:
     by_history = []
     for action in config.events.actions:
         of = window.where(action=action)
+        if not len(of):  # an action that every event has, or none
+            continue
         lines = [_line(name.removeprefix("history "), of.where(slice=name)) for name in names]
         title = f"normalized entropy of {action}, {longest}, by events predicted from"
         by_history.append(_over_event_time(title, lines, 1))
-    return "".join(map(_svg, [*figures, by_history]))
+    return "".join(_svg(drawings) for drawings in [*figures, by_history] if drawings)
 
 
 def stream(entries: Entries) -> str:
@@ -57,7 +59,7 @@ def stream(entries: Entries) -> str:
     lag = _by_partition(entries.where(figure="lag"))
     fresh = _by_partition(entries.where(figure="freshness_s"))
     delay = _by_partition(entries.where(figure="learned_s"))
-    events = entries.where(figure="events")
+    events = entries.where(figure="trained_events")
     others = [
         (name.removeprefix("settled/").replace("_", " "), of.at, of.value)
         for name in sorted(entries.words("figure"))
@@ -86,8 +88,9 @@ def stream(entries: Entries) -> str:
 
 
 def _line(label: str, of: Entries) -> Line:
-    """Over event time."""
-    return label, of.event, of.value
+    """Over event time; broken where that goes back, as when a further partition is begun with."""
+    back = np.flatnonzero(np.diff(of.event) < 0) + 1
+    return label, np.insert(of.event, back, of.event[back]), np.insert(of.value, back, np.nan)
 
 
 def _of(window: Entries, figure: str, config: Config) -> list[Line]:
@@ -167,11 +170,13 @@ def _draw(
         axes.plot(x, values[kept], color=color, label=label, linewidth=1.3, marker=marker)
     if base is not None:
         axes.axhline(base, color="#8795a1", linewidth=0.8, linestyle=":")
-    if zero:
+    lowest, greatest = axes.dataLim.intervaly
+    if zero and lowest < greatest / 2:
         axes.set_ylim(bottom=0)
     locator = matplotlib.dates.AutoDateLocator(minticks=3, maxticks=7)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(matplotlib.dates.ConciseDateFormatter(locator))
+    axes.xaxis.get_offset_text().set_fontsize(8)
     axes.tick_params(labelsize=8)
     axes.set_xlabel(x_label, fontsize=8)
     axes.set_ylabel(unit, fontsize=8)

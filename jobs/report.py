@@ -89,7 +89,7 @@ def _now(config: Config, entries: Entries) -> str:
     numbers = CheckpointStore(config.storage / "checkpoints").numbers()
     tiles = {
         "newest entry": _time(int(newest.at[0])),
-        "events trained on": f"{newest.one('events'):,.0f}",
+        "events trained on": f"{newest.one('trained_events'):,.0f}",
         "steps": f"{newest.one('step'):,.0f}",
         "lag, offsets": f"{lag.sum():,.0f}" if len(lag) else "unknown",
         "freshness of the stalest partition": _duration(float(fresh.max())) if len(fresh) else "—",
@@ -114,7 +114,13 @@ def _by_action(config: Config, entries: Entries) -> str:
         for action in config.events.actions:
             of = window.where(action=action)
             rows.append(
-                [window_name(hours), action, *_three(of, window), f"{share:.0%}", *_hits(config, window)]
+                [
+                    window_name(hours),
+                    action,
+                    *_three(of, window),
+                    _number(share, ".0%"),
+                    *_hits(config, window),
+                ]
             )
     header = ["window", "action", "events", "NE", "calibration", "GAUC", "of users"]
     note = (
