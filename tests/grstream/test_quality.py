@@ -59,10 +59,13 @@ def fed(parts: list[Predictions], config: QualityConfig = CONFIG) -> WindowedQua
     return windows
 
 
-def by_definition(p: Predictions, hours: float) -> dict[tuple[str, str | None, str], tuple[float, int]]:
-    """The figures of the windows that end with each partition's newest part, from the events themselves."""
+def by_definition(
+    p: Predictions, hours: float, of: Predictions | None = None
+) -> dict[tuple[str, str | None, str], tuple[float, int]]:
+    """From the events: the figures of the windows that end with each partition's newest part (`of` all)."""
+    of = of or p
     step = math.ceil(hours * HOUR / PARTS)
-    newest = np.array([p.times[p.partitions == i].max(initial=0) for i in range(3)])
+    newest = np.array([of.times[of.partitions == i].max(initial=0) for i in range(3)])
     p = p.where(p.times // step > newest[p.partitions] // step - PARTS)
     slices = {
         ALL: ~p.late,
@@ -217,12 +220,19 @@ def test_the_sample_is_bounded_and_grows_again_when_the_stream_calms_down() -> N
         assert figures(windows)["1h", ALL, None, "gauc_share"][0] <= 1 / 8
         assert len(windows.state()["windows"]["1h"]["rows"]["users"]) <= 300
         calm = Predictions(**{**vars(calm), "times": calm.times + HOUR})
+        shares, seen = set(), [busy]
         for part in steps(calm, 5):
             windows.update(part)
-        got = figures(windows)
-        assert got["1h", ALL, None, "gauc_share"][0] == 1
-        expected = by_definition(calm, 1)[ALL, "click", "gauc"]
-        assert got["1h", ALL, "click", "gauc"] == (pytest.approx(expected[0]), expected[1])
+            seen.append(part)
+            got = figures(windows)
+            share = got["1h", ALL, None, "gauc_share"][0]
+            shares.add(share)
+            every = Predictions.concat(seen)
+            sampled = every.where(every.users.view(np.uint64) < share * 2.0**64)
+            expected = by_definition(sampled, 1, of=every).get((ALL, "click", "gauc"))
+            mine = got.get(("1h", ALL, "click", "gauc"))
+            assert mine == (expected and (pytest.approx(expected[0]), expected[1]))
+        assert min(shares) <= 1 / 8 < 1 == max(shares)
 
 
 def test_slices_are_named_by_their_bounds() -> None:
