@@ -73,7 +73,7 @@ class Loop:
         self.config, self.observer = stack.config, Observer(stack.config)
         self._stack = stack
         self._client = stack.client()
-        self._lag = Lag(stack.config.kafka, stack.partitions)
+        self._lag = Lag(stack.config.kafka)
         self._random = np.random.default_rng(0)
 
     def catch_up(self, limit_s: float) -> None:

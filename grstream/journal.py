@@ -59,13 +59,29 @@ class Journal:
         self._file.write(json.dumps({"at_ms": time.time_ns() // 1_000_000, **entry}) + "\n")
 
 
-def lineage(directory: pathlib.Path, mark: Mark) -> Iterator[OffsetRange]:
-    """Every range settled on the way to a mark, newest run first. FileNotFoundError for a lost journal."""
+def newest_run(directory: pathlib.Path) -> str | None:
+    """The last run that began a journal there."""
+    return max((path.stem for path in directory.glob("*.jsonl")), default=None)
+
+
+def ancestry(directory: pathlib.Path, mark: Mark) -> Iterator[Mark]:
+    """The runs on the way to a mark, newest first, each with how many of its entries were built upon.
+
+    FileNotFoundError for a lost journal.
+    """
     at: Mark | None = mark
     while at:
-        entries = 0
+        yield at
         with open(_path(directory, at.run)) as file:
             head = json.loads(next(file))
+        at = Mark(**head["resumed"]) if head["resumed"] else None
+
+
+def lineage(directory: pathlib.Path, mark: Mark) -> Iterator[OffsetRange]:
+    """Every range settled on the way to a mark, newest run first. FileNotFoundError for a lost journal."""
+    for at in ancestry(directory, mark):
+        entries = 0
+        with open(_path(directory, at.run)) as file:
             for line in file:
                 if entries == at.entries:
                     break
@@ -77,7 +93,6 @@ def lineage(directory: pathlib.Path, mark: Mark) -> Iterator[OffsetRange]:
                     yield OffsetRange(partition, start, stop, Disposition(disposition))
         if entries < at.entries:
             raise ValueError(f"the journal of run {at.run} ends after {entries} of {at.entries} entries")
-        at = Mark(**head["resumed"]) if head["resumed"] else None
 
 
 def _path(directory: pathlib.Path, run: str) -> pathlib.Path:

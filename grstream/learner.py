@@ -20,6 +20,7 @@ from grstream.keys import ABSENT
 from grstream.metrics import Predictions, StreamMetrics
 from grstream.microbatch import MicroBatch, Role
 from grstream.model import HSTU, Model
+from grstream.quality import WindowedQuality
 from grstream.ranks import Ranks
 from grstream.retrieval import expected_counts, full_softmax, sampled_softmax
 from grstream.stochastic_length import kept_events
@@ -81,6 +82,7 @@ class Learner:
             config.model.dim, config.train.seed, self.device, config.train.vocabulary_rows
         )
         self.metrics = StreamMetrics(config.events.actions, config.train.recent_events)
+        self.quality = WindowedQuality(config.events.actions, config.quality)
         self.steps = 0
         self._optimizer = _optimizer(self.model, config.train)
         weights = config.train.action_weights
@@ -129,6 +131,7 @@ class Learner:
         self._learn(losses, table, used)
         self.vocabulary.count(self._of_all_ranks(targets))
         self.metrics.update(predictions)
+        self.quality.update(predictions)
         self.steps += 1
         shown = np.sum(self.ranks.gather(losses.detach().double().cpu().numpy()), axis=0)
         return StepReport(
@@ -287,6 +290,7 @@ class Learner:
     ) -> Predictions:
         at = np.flatnonzero(batch.roles != Role.CONTEXT)
         sequence = np.repeat(np.arange(len(batch.users)), batch.lengths)
+        starts = np.cumsum(batch.lengths, dtype=np.int64) - batch.lengths
         return Predictions(
             users=batch.users[sequence[at]],
             items=batch.items[at],
@@ -294,6 +298,7 @@ class Learner:
             partitions=batch.partitions,
             offsets=batch.offsets,
             late=batch.roles[at] == Role.NEW_LATE,
+            history=(at - starts[sequence[at]]).astype(np.int32),
             labels=self._labels(batch).numpy(),
             probabilities=torch.sigmoid(logits.float()).cpu().numpy(),
             ranks=self._ranks_of_items(self.model.user_vectors(users), asked, retrievable),
@@ -374,6 +379,7 @@ class Learner:
                     "optimizer": self._optimizer.state_dict(),
                     "vocabulary": dataclasses.asdict(self.vocabulary.state()),
                     "metrics": self.metrics.state(),
+                    "quality": self.quality.state(),
                 }
             )
         )
@@ -400,6 +406,8 @@ class Learner:
             self.config.train.vocabulary_rows,
         )
         self.metrics.load(state["metrics"])
+        if "quality" in state:  # not in checkpoints of before
+            self.quality.load(state["quality"])
         return migrated
 
     def _new_parameters(self) -> dict[str, npt.NDArray]:

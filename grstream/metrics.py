@@ -26,6 +26,7 @@ class Predictions:
     partitions: npt.NDArray[np.int32]  # (N,)
     offsets: npt.NDArray[np.int64]  # (N,)
     late: npt.NDArray[np.bool_]  # (N,) placed in the middle of its history
+    history: npt.NDArray[np.int32]  # (N,) events of its user that it was predicted from
     labels: npt.NDArray[np.bool_]  # (N, A)
     probabilities: npt.NDArray[np.float32]  # (N, A) nan where the action was not configured yet
     ranks: npt.NDArray[np.int64]  # (N,) 0 is first among all items; -1 where retrieval was not asked
@@ -178,7 +179,10 @@ class StreamMetrics:
         self._before[:known] = state.get("before", 0)  # states of before schemas grew do not say
         self._window.clear()
         if state["window"] is not None:
-            self._window.append(Predictions(**state["window"]).of_actions(len(self._actions)))
+            # Checkpoints of before do not say how much an event was predicted from; nothing here asks.
+            history = np.zeros(len(state["window"]["users"]), np.int32)
+            window = Predictions(**{"history": history, **state["window"]})
+            self._window.append(window.of_actions(len(self._actions)))
         self._in_window = sum(map(len, self._window))
 
 

@@ -77,7 +77,7 @@ def load(path: pathlib.Path) -> Predictions:
     return _from_table(pq.read_table(path))
 
 
-_PLAIN = ("users", "items", "times", "partitions", "offsets", "late", "ranks")
+_PLAIN = ("users", "items", "times", "partitions", "offsets", "late", "history", "ranks")
 _PER_ACTION = ("labels", "probabilities")
 
 
@@ -91,6 +91,8 @@ def _to_table(predictions: Predictions) -> pa.Table:
 
 def _from_table(table: pa.Table) -> Predictions:
     table = table.combine_chunks()
+    if "history" not in table.column_names:  # a log of before
+        table = table.append_column("history", pa.array(np.full(len(table), -1, np.int32)))
     columns = {name: table[name].to_numpy() for name in _PLAIN}
     for name in _PER_ACTION:
         lists = table[name].combine_chunks()

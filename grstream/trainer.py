@@ -25,6 +25,7 @@ from grstream.journal import Journal, Mark, new_run
 from grstream.learner import Learner, LearnerState, NonFiniteLoss, StepReport
 from grstream.ledger import Disposition, Ledger, OffsetRange
 from grstream.microbatch import MicroBatch
+from grstream.monitor import Monitor
 from grstream.predictions import PredictionLog
 from grstream.publisher import Exchanged, Publisher
 from grstream.ranks import Ranks
@@ -51,6 +52,7 @@ class Vote(NamedTuple):
     events: int = 0
     ranges: tuple[OffsetRange, ...] = ()
     newest_event_ms: int = 0
+    read_ms: int = 0  # wall clock when the oldest of the events was read
     greetings: int = 0  # readers that reported
     ended: bool = False
     stop: bool = False  # rank 0 decides these three
@@ -129,6 +131,7 @@ class Trainer:
         resumed = self._resume()
         self._journal = self._open_journal(resumed)
         self._predictions = self._open_predictions()
+        self._monitor = Monitor(config, self._journal.mark.run, self._settled()) if self._journal else None
         self._stopping = False
         self._saved_settled = self._settled()
         self._next_checkpoint = time.monotonic() + config.train.checkpoint_every_s
@@ -137,6 +140,13 @@ class Trainer:
 
     def run(self, shard: Any) -> None:
         """Train until asked to stop or the bound is reached; then checkpoint, publish and return."""
+        try:
+            self._train(shard)
+        finally:
+            if self._monitor:
+                self._monitor.close()
+
+    def _train(self, shard: Any) -> None:
         while not (self._stopping or self._bound_reached()):
             if self._leads:
                 self._board.set_position(self._ledger)
@@ -153,7 +163,7 @@ class Trainer:
                 "the weights are judged bad and not saved: training will go on from checkpoint %d",
                 self.checkpoint_number,
             )
-        self._report()
+        self._report(last=True)
         if self._publisher:
             self._publisher.close()
         self._saver.shutdown()
@@ -204,6 +214,7 @@ class Trainer:
                 events=batch.new_events,
                 ranges=batch.ranges,
                 newest_event_ms=batch.newest_event_ms,
+                read_ms=batch.read_ms,
                 greetings=int(not batch.ranges),  # a reader's first block is empty, and no other is
             )
         if not self._leads:
@@ -224,6 +235,7 @@ class Trainer:
             self._strays.look(batch)
         events = sum(vote.events for vote in votes)
         report: StepReport | None = None
+        began = time.monotonic()
         if events:
             features = len(self._config.events.features)
             report = self._learner.step(MicroBatch.empty(features) if batch is None else batch)
@@ -235,6 +247,9 @@ class Trainer:
             self._sparsity.append(report.sparsity)
         if self._predictions and report:
             self._predictions.append(report.predictions)
+        if self._monitor:
+            read = [(vote.ranges[0].partition, vote.read_ms) for vote in votes if vote.events]
+            self._monitor.settled(report, time.monotonic() - began, read)
         if self._journal:
             figures = {}
             if report:
@@ -378,8 +393,8 @@ class Trainer:
             positions = {p: self._ledger.consumed(p) for p in self._ledger.partitions()}
             self._publisher.publish(positions, self._newest_event_ms, wait)
 
-    def _report(self) -> None:
-        """Tell the driver, and the journal, how it goes."""
+    def _report(self, last: bool = False) -> None:
+        """Tell the driver, the journal and the monitor how it goes."""
         self._next_progress = time.monotonic() + PROGRESS_S
         self._saving_goes_on()
         if not (self._publisher and self._journal):
@@ -404,3 +419,5 @@ class Trainer:
         )
         self._board.report(progress)
         self._journal.note({"progress": dataclasses.asdict(progress)})
+        if self._monitor:
+            self._monitor.report(progress, self._learner, self._journal.mark, self._gate.open, last)

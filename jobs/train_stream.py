@@ -36,7 +36,8 @@ class Lines:
     """Progress as lines for a person."""
 
     def __init__(self, config: Config) -> None:
-        self._lag = Lag(config.kafka, partition_count(config.kafka))
+        partition_count(config.kafka)  # a broker or topic that is not there is said at once
+        self._lag = Lag(config.kafka)
         self._before: Progress | None = None
 
     def show(self, now: Progress) -> None:

@@ -93,7 +93,7 @@ class Demo:
         self._stack.start()
         config = self._stack.config
         observer = Observer(config)
-        self._lag = Lag(config.kafka, self._stack.partitions)
+        self._lag = Lag(config.kafka)
         self._model = self._stack.client()
         client = self._stack.client()
         self._view.observer = observer

@@ -26,6 +26,7 @@ def stream(n: int, seed: int = 0) -> Predictions:
         partitions=np.zeros(n, np.int32),
         offsets=np.arange(n),
         late=np.zeros(n, bool),
+        history=np.zeros(n, np.int32),
         labels=np.stack([random.random(n) < true, np.ones(n, bool)], axis=1),
         probabilities=np.stack([true, true], axis=1).astype(np.float32),
         ranks=np.full(n, -1),

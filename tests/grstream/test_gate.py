@@ -28,6 +28,7 @@ def said(
         partitions=none.astype(np.int32),
         offsets=none,
         late=np.full(EVENTS, late),
+        history=np.zeros(EVENTS, np.int32),
         labels=labels,
         probabilities=(1 / (1 + np.exp(-right * odds))).astype(np.float32),
         ranks=none,

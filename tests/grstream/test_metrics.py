@@ -23,6 +23,7 @@ def predictions(
         partitions=zeros.astype(np.int32),
         offsets=np.arange(n),
         late=np.zeros(n, bool),
+        history=zeros.astype(np.int32),
         labels=np.array(labels, bool)[:, None],
         probabilities=np.array(probabilities, np.float32)[:, None],
         ranks=zeros - 1,
