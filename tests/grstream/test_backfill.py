@@ -219,7 +219,9 @@ class TestALake:
         rows = pa.parquet.read_table(segments.path / files[0].file)
         kept = rows.filter(pa.compute.is_valid(rows["value"]))
         false = kept.set_column(
-            3, "value", pa.array([b"poison", *kept["value"].to_pylist()[1:]], pa.binary())
+            kept.column_names.index("value"),
+            "value",
+            pa.array([b"poison", *kept["value"].to_pylist()[1:]], pa.binary()),
         )
         damaged = write_segment(segments.path / "p00000-x.parquet", false.cast(SCHEMA), files[0].stop)
         changed = segments.manifest.partitions[0].model_copy(update={"files": [damaged, *files[1:]]})
