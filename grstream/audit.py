@@ -1,17 +1,19 @@
 """An audit of what a trainer says that it trained on (laws 4 and 7), against the topic itself.
 
-Three accounts are compared, none made from another: the records of the topic, decoded anew, with duplicates
-found anew; the ledger of the newest checkpoint; and the journals of the runs that led to it.
+Three accounts are compared, none made from another: the records of the topic, and before them those of a
+backfill's segments, decoded anew, with duplicates found anew; the ledger of the newest checkpoint; and the
+journals of the runs that led to it.
 """
 
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import kafka
 import numpy as np
 import numpy.typing as npt
+from kafka.consumer.fetcher import ConsumerRecord
 
 from grstream.checkpoints import Checkpoint, CheckpointStore
 from grstream.config import Config
@@ -20,10 +22,12 @@ from grstream.journal import Mark, lineage
 from grstream.kafka import BrokerUnavailable, consumer, reaching
 from grstream.keys import ABSENT
 from grstream.ledger import Disposition
+from grstream.segments import Record, Segments
 
 UNRECORDED = -1
+FORGOTTEN = -2  # the record is gone on purpose: whatever became of its offset is right
 QUIET_POLLS = 20  # fetches in a row that bring nothing before the audit gives up on a broker
-Dispositions = npt.NDArray[np.int8]  # by offset, from a partition's first audited offset on
+Dispositions = npt.NDArray[np.int8]  # by audited offset
 
 
 class NothingToAudit(RuntimeError):
@@ -95,53 +99,100 @@ def _audit(
 ) -> PartitionAudit:
     consumed = checkpoint.ledger.consumed(partition)
     tp = kafka.TopicPartition(config.kafka.topic, partition)
-    start = max(consumed[0][0], log.beginning_offsets([tp])[tp])
-    stop = max(start, consumed[-1][1])
+    readable = _Readable.of(config, partition, consumed, log.beginning_offsets([tp])[tp])
     lost = sum(
         r.stop - r.start
         for r in checkpoint.ledger
         if (r.partition, r.disposition) == (partition, Disposition.LOST)
     )
-    recorded = np.full(stop - start, UNRECORDED, np.int8)
+    recorded = np.full(len(readable), UNRECORDED, np.int8)
     for r in checkpoint.ledger:
         if r.partition == partition:
-            recorded[max(r.start - start, 0) : max(r.stop - start, 0)] = r.disposition
-    journaled = np.full(stop - start, UNRECORDED, np.int8)
-    times = np.zeros(stop - start, np.int32)
+            recorded[readable.within(r.start, r.stop)] = r.disposition
+    journaled = np.full(len(readable), UNRECORDED, np.int8)
+    times = np.zeros(len(readable), np.int32)
     mark = Mark(checkpoint.record.run, checkpoint.record.entries)
     for r in lineage(config.storage / "metrics", mark):
         if r.partition == partition:
-            within = slice(max(r.start - start, 0), max(r.stop - start, 0))
+            within = readable.within(r.start, r.stop)
             journaled[within] = r.disposition
             times[within] += 1
-    expected = _expected(config, log, tp, start, stop)
-    wrong = np.flatnonzero((recorded != UNRECORDED) & (recorded != expected))
+    expected = _expected(config, log, tp, readable)
+    wrong = (recorded != UNRECORDED) & (expected != FORGOTTEN) & (recorded != expected)
     return PartitionAudit(
         partition=partition,
-        start=start,
-        stop=stop,
-        gone=sum(min(b, start) - a for a, b in consumed if a < start) - lost,
+        start=readable.spans[0][0],
+        stop=readable.spans[-1][1],
+        gone=sum(b - a for a, b in consumed) - sum(readable.count(a, b) for a, b in consumed) - lost,
         lost=lost,
-        missing=_offsets(recorded == UNRECORDED, start),
-        twice=_offsets(times > 1, start),
-        unjournaled=_offsets((times < 2) & (journaled != recorded), start),
-        wrong=[(start + int(i), Disposition(int(recorded[i])), Disposition(int(expected[i]))) for i in wrong],
+        missing=readable.offsets(recorded == UNRECORDED),
+        twice=readable.offsets(times > 1),
+        unjournaled=readable.offsets((times < 2) & (journaled != recorded)),
+        wrong=[
+            (offset, Disposition(said), Disposition(is_so))
+            for offset, said, is_so in zip(
+                readable.offsets(wrong), recorded[wrong].tolist(), expected[wrong].tolist(), strict=True
+            )
+        ],
         counts={d: int((recorded == d).sum()) for d in Disposition},
     )
 
 
-def _offsets(where: npt.NDArray[np.bool_], start: int) -> list[int]:
-    return (np.flatnonzero(where) + start).tolist()
+class _Readable:
+    """The offsets of a partition that can be read still: of its segments, if it has any, and of the topic.
+
+    An array by index holds those of the first span and then those of the second.
+    """
+
+    def __init__(self, segments: Segments | None, spans: list[tuple[int, int]]) -> None:
+        self.segments, self.spans = segments, spans
+
+    @classmethod
+    def of(
+        cls, config: Config, partition: int, consumed: list[tuple[int, int]], topic_start: int
+    ) -> "_Readable":
+        """Up to the last offset consumed."""
+        stop = consumed[-1][1]
+        segments = Segments.of(config)
+        span = segments.span(partition) if segments else None
+        if span is None:
+            start = max(consumed[0][0], topic_start)
+            return cls(None, [(start, max(start, stop))])
+        start, seam = span
+        topic_start = max(topic_start, seam)
+        return cls(segments, [(start, max(start, min(seam, stop))), (topic_start, max(topic_start, stop))])
+
+    def __len__(self) -> int:
+        return sum(b - a for a, b in self.spans)
+
+    def index(self, offsets: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """How many of these offsets lie before others: (n,)"""
+        others = np.asarray(offsets, np.int64)
+        return sum((np.clip(others - a, 0, b - a) for a, b in self.spans), np.zeros_like(others))
+
+    def within(self, start: int, stop: int) -> slice:
+        first, end = self.index([start, stop]).tolist()
+        return slice(first, end)
+
+    def count(self, start: int, stop: int) -> int:
+        within = self.within(start, stop)
+        return within.stop - within.start
+
+    def offsets(self, where: npt.NDArray[np.bool_]) -> list[int]:
+        """The offsets whose index is marked: the inverse of `index`."""
+        found = np.flatnonzero(where)
+        start, stop = self.spans[0]
+        return np.where(found < stop - start, start + found, self.spans[-1][1] - len(self) + found).tolist()
 
 
 def _expected(
-    config: Config, log: kafka.KafkaConsumer, tp: kafka.TopicPartition, start: int, stop: int
+    config: Config, log: kafka.KafkaConsumer, tp: kafka.TopicPartition, readable: _Readable
 ) -> Dispositions:
     """What the records themselves say must become of each offset."""
-    expected = np.full(stop - start, Disposition.CONTROL, np.int8)
+    expected = np.full(len(readable), Disposition.CONTROL, np.int8)
     decoder = EventDecoder(config.events)
     accepted: collections.OrderedDict[int, int] = collections.OrderedDict()  # event key -> offset
-    for records in _records(config, log, tp, start, stop):
+    for records in _records(log, tp, readable):
         offsets = [r.offset for r in records]
         decoded = decoder.decode(
             tp.partition,
@@ -150,24 +201,40 @@ def _expected(
             [r.timestamp for r in records],
             [r.key for r in records],
         )
-        expected[decoded.batch.offsets - start] = Disposition.TRAINED
-        expected[decoded.tombstones.offsets - start] = Disposition.TOMBSTONE
-        expected[[r.offset - start for r in decoded.rejected]] = Disposition.DEAD_LETTER
+        expected[readable.index(decoded.batch.offsets)] = Disposition.TRAINED
+        expected[readable.index(decoded.tombstones.offsets)] = Disposition.TOMBSTONE
+        expected[readable.index([r.offset for r in decoded.rejected])] = Disposition.DEAD_LETTER
+        repeated = []
         for key, offset in zip(
             decoded.batch.event_keys.tolist(), decoded.batch.offsets.tolist(), strict=True
         ):
             if key == ABSENT:
                 continue
             if offset - accepted.get(key, -np.inf) <= config.histories.duplicate_window:
-                expected[offset - start] = Disposition.DUPLICATE
+                repeated.append(offset)
             else:
                 accepted[key] = offset
+        expected[readable.index(repeated)] = Disposition.DUPLICATE
+    if readable.segments:
+        forgotten = readable.segments.forgotten(tp.partition)
+        expected[readable.index(forgotten[forgotten < readable.spans[0][1]])] = FORGOTTEN
     return expected
 
 
 def _records(
-    config: Config, log: kafka.KafkaConsumer, tp: kafka.TopicPartition, start: int, stop: int
-) -> Iterator[list[kafka.consumer.fetcher.ConsumerRecord]]:
+    log: kafka.KafkaConsumer, tp: kafka.TopicPartition, readable: _Readable
+) -> Iterator[Sequence[ConsumerRecord | Record]]:
+    if readable.segments:
+        start, stop = readable.spans[0]
+        for earlier in readable.segments.records(tp.partition, start):
+            within = [r for r in earlier if r.offset < stop]
+            if within:
+                yield within
+            if len(within) < len(earlier):
+                break
+    start, stop = readable.spans[-1]
+    if start == stop:
+        return
     log.assign([tp])
     log.seek(tp, start)
     quiet = 0

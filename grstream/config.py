@@ -291,6 +291,31 @@ class ColumnsConfig(Section):
     item: str
     time: str
     time_unit: Literal["s", "ms", "iso"] = pydantic.Field("s", description="iso: ISO 8601, UTC if unsaid")
+    event_id: str | None = pydantic.Field(None, description="default: file and row, by replay.event_ids")
+
+
+class RecordColumnsConfig(Section):
+    """What a Parquet backfill knows of the records that its events were, or would have been, in the topic."""
+
+    record_time: str | None = pydantic.Field(
+        None, description="when the log took it, in ms or a timestamp; default: the event's time"
+    )
+    partition: str | None = pydantic.Field(None, description="of a dump of the topic itself, with `offset`")
+    offset: str | None = pydantic.Field(None, description="of a dump of the topic itself, with `partition`")
+    value: str | None = pydantic.Field(
+        None, description="of such a dump: the record's bytes, instead of all other columns"
+    )
+    key: str | None = pydantic.Field(
+        None, description="of such a dump: the record's key, by which a tombstone names its user"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _a_dump_has_both(self) -> Self:
+        if (self.partition is None) != (self.offset is None):
+            raise ValueError("partition and offset are given together, or neither")
+        if (self.value is not None or self.key is not None) and self.offset is None:
+            raise ValueError("value and key belong to a dump of the topic: they need partition and offset")
+        return self
 
 
 class SyntheticConfig(Section):
@@ -313,6 +338,9 @@ class ReplayConfig(Section):
         Literal["ml-100k", "ml-1m", "ml-1m-tail", "ml-1m-sequences", "deskdrop", "csv", "parquet"] | None
     ) = pydantic.Field(None, description="default: told by the file's name")
     columns: ColumnsConfig | None = pydantic.Field(None, description="required for csv and parquet")
+    records: RecordColumnsConfig = pydantic.Field(
+        RecordColumnsConfig(), description="of jobs/backfill.py; a replay sends records of its own"
+    )
     actions: list[ActionRule] = []
     context: dict[Name, str] = pydantic.Field({}, description="feature name: column")
     item_features: dict[Name, str] = pydantic.Field({}, description="feature name: column")

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
-from grstream.config import ActionRule, ColumnsConfig, Config
+from grstream.config import ActionRule, ColumnsConfig, Config, ReplayConfig
 from grstream.events import ActionEvent
 
 # A file with the order of events but not their times gets times a second apart from here on (2000-01-01).
@@ -90,13 +90,13 @@ class Dataset:
     context: dict[str, pa.Array]  # of (n,), null where the row has none
     item_features: dict[str, pa.Array]
     skipped: dict[str, int]  # rows that are no events, by reason
-    event_ids: bool
+    event_ids: pa.Array | None  # (n,) strings; None without ids
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def events(self) -> Iterator[ActionEvent]:
-        """The events; an event's id, if ids are asked for, is the file's name and the row."""
+        """The events."""
         sets = {
             mask: [name for bit, name in enumerate(self.action_names) if mask >> bit & 1]
             for mask in np.unique(self.actions).tolist()
@@ -107,18 +107,21 @@ class Dataset:
                 {name: column[here].to_pylist() for name, column in columns.items()}
                 for columns in (self.context, self.item_features)
             ]
+            ids = [None] * len(self.rows[here])
+            if self.event_ids is not None:
+                ids = self.event_ids[here].to_pylist()
             rows = zip(
-                self.rows[here].tolist(),
+                ids,
                 self.users[here].to_pylist(),
                 self.items[here].to_pylist(),
                 self.times[here].tolist(),
                 self.actions[here].tolist(),
                 strict=True,
             )
-            for i, (row, user, item, time, mask) in enumerate(rows):
+            for i, (event_id, user, item, time, mask) in enumerate(rows):
                 context, item_features = ({name: c[i] for name, c in f.items()} for f in features)
                 yield ActionEvent(
-                    event_id=f"{self.name}:{row}" if self.event_ids else None,
+                    event_id=event_id,
                     user_id=user,
                     item_id=item,
                     actions=sets[mask],
@@ -138,46 +141,85 @@ def load(path: str | os.PathLike[str], config: Config) -> Dataset:
         raise DatasetError(
             f"{path.name}: a {name} file needs replay.columns, which names its user, item and time columns"
         )
-    rules = [rule.column for rule in replay.actions if rule.column is not None]
-    needed = [columns.user, columns.item, columns.time, *rules]
-    needed += [*replay.context.values(), *replay.item_features.values()]
     try:
-        table = _read(path, name, list(dict.fromkeys(needed)))
+        table = _read(path, name, needed_columns(columns, replay))
     except (OSError, pa.ArrowInvalid) as error:
         raise DatasetError(f"cannot read {path} as {name}: {error}") from error
-    times, timed = _times(table[columns.time], columns)
-    users, items = _ids(table, columns.user), _ids(table, columns.item)
+    rows = mapped(table, columns, config, path.name, np.arange(len(table)))
     reasons = {
-        "no time that can be read": ~timed,
-        "a time before 1970": timed & (times < 0),
-        "no user": _nulls(users),
-        "no item": _nulls(items),
+        "no time that can be read": ~rows.timed,
+        "a time before 1970": rows.timed & (rows.times < 0),
+        "no user": _nulls(rows.users),
+        "no item": _nulls(rows.items),
     }
     usable = np.ones(len(table), np.bool_)
     skipped = {}
-    for reason, rows in reasons.items():
-        if count := int(np.count_nonzero(usable & rows)):
+    for reason, unusable in reasons.items():
+        if count := int(np.count_nonzero(usable & unusable)):
             skipped[reason] = count
-        usable &= ~rows
+        usable &= ~unusable
     order = np.flatnonzero(usable)
-    order = order[np.argsort(times[order], kind="stable")]
-
-    def features(named: dict[str, str]) -> dict[str, pa.Array]:
-        return {feature: _ids(table, column).take(pa.array(order)) for feature, column in named.items()}
-
+    order = order[np.argsort(rows.times[order], kind="stable")]
+    at = pa.array(order)
     return Dataset(
         name=path.name,
         rows=order,
-        users=users.take(pa.array(order)),
-        items=items.take(pa.array(order)),
-        times=times[order],
-        actions=_masks(table, replay.actions, config.events.actions)[order],
+        users=rows.users.take(at),
+        items=rows.items.take(at),
+        times=rows.times[order],
+        actions=rows.actions[order],
         action_names=tuple(config.events.actions),
-        context=features(replay.context),
-        item_features=features(replay.item_features),
+        context={feature: column.take(at) for feature, column in rows.context.items()},
+        item_features={feature: column.take(at) for feature, column in rows.item_features.items()},
         skipped=skipped,
-        event_ids=replay.event_ids,
+        event_ids=None if rows.event_ids is None else rows.event_ids.take(at),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The n rows of a table in the configuration's terms, events or not; ids are int64 or string."""
+
+    users: pa.Array  # (n,) null where there is none, as below
+    items: pa.Array  # (n,)
+    times: npt.NDArray[np.int64]  # (n,) milliseconds since 1970
+    timed: npt.NDArray[np.bool_]  # (n,) where a time could be read
+    actions: npt.NDArray[np.int64]  # (n,) bits, of `config.events.actions`
+    context: dict[str, pa.Array]
+    item_features: dict[str, pa.Array]
+    event_ids: pa.Array | None  # (n,) strings
+
+
+def mapped(
+    table: pa.Table, columns: ColumnsConfig, config: Config, name: str, numbers: npt.NDArray[np.int64]
+) -> Rows:
+    """What rows say, by `config.replay`. `name` and `numbers` (n,) are their file and their places in it."""
+    replay = config.replay
+    times, timed = milliseconds(table[columns.time], columns.time_unit, columns.time)
+    event_ids = None
+    if columns.event_id is not None:
+        event_ids = pc.cast(_ids(table, columns.event_id), pa.string())
+    elif replay.event_ids:
+        event_ids = pc.binary_join_element_wise(name, pc.cast(pa.array(numbers), pa.string()), ":")
+    return Rows(
+        users=_ids(table, columns.user),
+        items=_ids(table, columns.item),
+        times=times,
+        timed=timed,
+        actions=_masks(table, replay.actions, config.events.actions),
+        context={feature: _ids(table, column) for feature, column in replay.context.items()},
+        item_features={feature: _ids(table, column) for feature, column in replay.item_features.items()},
+        event_ids=event_ids,
+    )
+
+
+def needed_columns(columns: ColumnsConfig, replay: ReplayConfig) -> list[str]:
+    """The columns that `mapped` reads, each once."""
+    rules = [rule.column for rule in replay.actions if rule.column is not None]
+    needed = [columns.user, columns.item, columns.time, *rules]
+    needed += [*replay.context.values(), *replay.item_features.values()]
+    needed += [columns.event_id] if columns.event_id is not None else []
+    return list(dict.fromkeys(needed))
 
 
 def _told_by_name(path: pathlib.Path) -> str:
@@ -238,11 +280,11 @@ def _spread(sequences: pa.Table) -> pa.Table:
     return pa.table({"user": users, "item": lists.flatten(), "time": times})
 
 
-def _times(
-    column: pa.ChunkedArray, columns: ColumnsConfig
+def milliseconds(
+    column: pa.ChunkedArray, unit: str, name: str
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Milliseconds, and where they could be read."""
-    if pa.types.is_string(column.type) and columns.time_unit != "iso":
+    """A column of times as milliseconds, and where they could be read. `unit`: as of `ColumnsConfig`."""
+    if pa.types.is_string(column.type) and unit != "iso":
         number = pc.match_substring_regex(column, r"^-?[0-9]{1,15}(\.[0-9]+)?$")
         column = pc.cast(pc.if_else(number, column, pa.scalar(None, pa.string())), pa.float64())
     elif pa.types.is_string(column.type):
@@ -251,11 +293,20 @@ def _times(
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
         column = pc.cast(pc.cast(column, pa.timestamp("ms"), safe=False), pa.int64())
     elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        raise DatasetError(f"column {columns.time} holds {column.type}, which is no time")
-    elif columns.time_unit == "s":
-        column = pc.multiply(column, 1000)
+        raise DatasetError(f"column {name} holds {column.type}, which is no time")
+    else:
+        # Beyond what milliseconds can say in an int64 a number is no time: it would wrap around.
+        far = 9e18 / (1000 if unit == "s" else 1)
+        within = pc.less(pc.abs(pc.cast(column, pa.float64(), safe=False)), far)  # NaN is not
+        column = pc.if_else(pc.fill_null(within, False), column, pa.scalar(None, column.type))
+        if unit == "s":
+            column = pc.multiply(pc.cast(column, pa.int64()) if _is_integer(column) else column, 1000)
     column = pc.cast(pc.round(column), pa.int64(), safe=False)
     return pc.fill_null(column, 0).to_numpy(), ~_nulls(column)
+
+
+def _is_integer(column: pa.ChunkedArray) -> bool:
+    return bool(pa.types.is_integer(column.type))
 
 
 def _iso(text: str | None) -> datetime.datetime | None:
@@ -273,6 +324,8 @@ def _ids(table: pa.Table, name: str) -> pa.Array:
     column = table[name].combine_chunks()
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if pa.types.is_uint64(column.type):
+        return pc.cast(column, pa.string())  # a spelt int64 is that integer, and a greater one a string
     if pa.types.is_integer(column.type):
         return pc.cast(column, pa.int64())
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):

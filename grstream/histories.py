@@ -46,6 +46,7 @@ from grstream.windows import Windows
 
 _ROWS_AT_ONCE = 1 << 16
 _ROWS_WHEN_FULL = 1 << 10  # each time that rows and evictions interfere, the rest of these is looked at anew
+_BEFORE_ALL = -(2**63)  # offsets of a backfill may be negative
 _SNAPSHOT_USERS = 1 << 14  # users in one part of a snapshot: some hundred MB with long windows
 
 
@@ -96,7 +97,7 @@ class RollingHistories:
         self._windows = Windows(config, features, self._pending)
         self._duplicates = DuplicateWindow(config.duplicate_window)
         self._names = ItemNames()
-        self._last_offset = -1
+        self._last_offset = _BEFORE_ALL
         self._late = self._too_late = self._duplicate = self._evicted = 0
 
     # -- the fold ---------------------------------------------------------------------------------------

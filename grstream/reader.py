@@ -7,6 +7,8 @@ Before the position histories are only rebuilt, from the newest snapshot that is
 start; offsets beyond it that were consumed already, by ranks that ran ahead, change histories and are not
 emitted.
 
+What a backfill made (`grstream.segments`) is the log's beginning: segments are read before the topic.
+
 A broker that goes away is waited for. A log that begins beyond the position has lost events: OffsetGap, or by
 `source.on_gap: skip` a warning and a range that is settled as lost. A partition that is added to the topic is
 read from its start by the reader whose it is.
@@ -16,7 +18,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import kafka
@@ -38,6 +40,7 @@ from grstream.kafka import (
 )
 from grstream.ledger import Disposition, Ledger, OffsetRange
 from grstream.microbatch import MicroBatch
+from grstream.segments import Record, SegmentLog, Segments
 from grstream.snapshot_files import Snapshooter, SnapshotFiles
 from grstream.until import Until
 
@@ -105,7 +108,7 @@ class PartitionReader:
         """How many offsets come next that were all consumed before."""
         return max(0, int(self._stops[0]) - self.position) if len(self._stops) else 0
 
-    def take(self, records: Sequence[ConsumerRecord]) -> list[Letter]:
+    def take(self, records: Sequence[ConsumerRecord | Record]) -> list[Letter]:
         """Fold in records from the position on; returns the dead letters among them, to be delivered."""
         offsets = np.fromiter((r.offset for r in records), np.int64, len(records))
         times = np.fromiter((r.timestamp for r in records), np.int64, len(records))
@@ -137,15 +140,12 @@ class PartitionReader:
             self._settle(self.position, position, Disposition.CONTROL)
             self.position = position
 
-    def lose(self, log_start: int) -> int:
-        """Settle what lies before the log's start and was not consumed; how many offsets that is."""
-        lost = 0
-        for a, b in self._unconsumed(int(self._starts[0]) if len(self._starts) else self.position, log_start):
-            self.histories.settle(OffsetRange(self.partition, a, b, Disposition.LOST))
-            self.unpacked = True
-            lost += b - a
+    def lose(self, since: int, log_start: int) -> int:
+        """Settle what lies from `since` to the log's start and was not consumed; how many offsets that is."""
+        lost = self.unconsumed(since, log_start)
+        self._settle(since, log_start, Disposition.LOST)
         self.position = max(self.position, log_start)
-        return lost
+        return sum(b - a for a, b in lost)
 
     def _settle_jumps(self, offsets: npt.NDArray[np.int64]) -> None:
         expected = np.append(self.position, offsets[:-1] + 1)
@@ -161,14 +161,14 @@ class PartitionReader:
 
     def _settle(self, start: int, stop: int, disposition: Disposition) -> bool:
         """Settle what of a range was not consumed before; whether anything was left."""
-        left = self._unconsumed(start, stop)
+        left = self.unconsumed(start, stop)
         for a, b in left:
             self.histories.settle(OffsetRange(self.partition, a, b, disposition))
         self.unpacked |= bool(left)
         return bool(left)
 
-    def _unconsumed(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """What of a range was not consumed before."""
+    def unconsumed(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """What of a range was not consumed before this reader began."""
         left: list[tuple[int, int]] = []
         for a, b in zip(self._starts.tolist(), self._stops.tolist(), strict=True):
             if a >= stop:
@@ -188,6 +188,8 @@ class LogReader:
         self._config, self._reader, self._ledger, self._until = config, reader, ledger, until
         self._letters = DeadLetters(config.kafka)
         self._partitions: dict[int, PartitionReader] = {}
+        self._segments: Segments | None = None
+        self._earlier: SegmentLog | None = None  # what is left to read of them
         self._count = 0  # of the topic's partitions
         self._stops: dict[int, int] | None = None
         self._pending_since: float | None = None  # since the oldest thing that the next micro-batch holds
@@ -232,7 +234,11 @@ class LogReader:
                 "reader %d has nothing to read: %s has %d partitions", self._reader, topic, self._count
             )
             return False
+        self._segments = Segments.of_training(self._config, self._ledger)
         self._assign(log, mine)
+        if self._segments:
+            positions = {p: reader.position for p, reader in self._partitions.items()}
+            self._earlier = SegmentLog(self._segments, positions)
         return True
 
     def _add_partitions(self, log: kafka.KafkaConsumer) -> None:
@@ -261,19 +267,25 @@ class LogReader:
         ends = self._ask(lambda: log.end_offsets([*assigned.values()]))
         for partition, tp in assigned.items():
             consumed = self._ledger.consumed(partition)
-            if consumed and consumed[-1][1] > ends[tp]:
-                raise LogTruncated(topic, partition, consumed[-1][1], ends[tp])
-            self._partitions[partition] = self._start(partition, begins[tp])
-            log.seek(tp, self._partitions[partition].position)
+            span = self._segments.span(partition) if self._segments else None
+            read = max(consumed[-1][1] if consumed else 0, span[1] if span else 0)
+            if read > ends[tp]:
+                raise LogTruncated(topic, partition, read, ends[tp])
+            reader = self._partitions[partition] = self._start(partition, begins[tp], span)
+            log.seek(tp, max(reader.position, span[1] if span else 0))
 
-    def _start(self, partition: int, log_start: int) -> PartitionReader:
+    def _start(self, partition: int, topic_start: int, span: tuple[int, int] | None) -> PartitionReader:
         consumed = self._ledger.consumed(partition)
+        log_start, seam = span or (topic_start, topic_start)
         watermark = consumed[0][1] if consumed else log_start
+        if span and consumed and consumed[0][0] > log_start:
+            watermark = log_start  # ranks ran ahead of the very first events
         files = SnapshotFiles(self._config, partition)
-        if log_start > watermark:
-            lost = self._gap(partition, consumed, log_start)
+        if topic_start > (seam if span else watermark):
+            lost = self._gap(partition, consumed, seam if span else consumed[0][0], topic_start)
             if lost is not None and self._config.source.on_gap == "fail":
                 raise lost
+        if log_start > watermark:
             found = files.restore(at_least=0, at_most=log_start)  # all that is left of what was before
         else:
             found = files.restore(at_least=log_start, at_most=watermark) if consumed else None
@@ -292,18 +304,19 @@ class LogReader:
         logger.info("partition %d: histories from %d, emitting from %d", partition, position, watermark)
         reader = PartitionReader(self._config, partition, consumed, histories, position)
         if log_start > watermark:
-            self._lose(reader, log_start)
+            self._lose(reader, consumed[0][0], log_start)
         return reader
 
-    def _gap(self, partition: int, consumed: Sequence[tuple[int, int]], log_start: int) -> OffsetGap | None:
-        held = sum(min(stop, log_start) - start for start, stop in consumed if start < log_start)
-        lost = log_start - consumed[0][0] - held
-        return (
-            OffsetGap(self._config.kafka.topic, partition, consumed[0][1], log_start, lost) if lost else None
-        )
+    def _gap(
+        self, partition: int, consumed: Sequence[tuple[int, int]], since: int, topic_start: int
+    ) -> OffsetGap | None:
+        held = sum(max(0, min(stop, topic_start) - max(start, since)) for start, stop in consumed)
+        lost = topic_start - since - held
+        position = max(consumed[0][1], since) if consumed else since
+        return OffsetGap(self._config.kafka.topic, partition, position, topic_start, lost) if lost else None
 
-    def _lose(self, reader: PartitionReader, log_start: int) -> None:
-        lost = reader.lose(log_start)
+    def _lose(self, reader: PartitionReader, since: int, log_start: int) -> None:
+        lost = reader.lose(since, log_start)
         if lost:
             logger.warning(
                 "%d offsets of %s-%d are lost: its log begins at %d; they are recorded so and passed over",
@@ -319,22 +332,16 @@ class LogReader:
             wait_s = max(0.0, self._pending_since + wait_s - time.monotonic())
         room = self._config.source.flush_events - self._new_events()
         replay = min(reader.to_replay for reader in self._partitions.values())
-        try:
-            fetched = log.poll(
-                timeout_ms=int(wait_s * 1000), max_records=max(room, min(replay, REPLAY_RECORDS))
-            )
-        except kafka.errors.OffsetOutOfRangeError as error:
-            self._pass_over_gaps(log, error)
-            fetched = {}
+        fetched = self._fetch(log, wait_s, max(room, min(replay, REPLAY_RECORDS)))
         if self._stops is None and self._until is not None and self._until.has_come():
             self._find_bound(log)  # before anything later than it is taken
         letters: list[Letter] = []
         moved = False
-        for tp in log.assignment():
-            reader = self._partitions[tp.partition]
-            stop = self._stops.get(tp.partition) if self._stops is not None else None
-            records = [r for r in fetched.get(tp, ()) if stop is None or r.offset < stop]
-            position = log.position(tp) if stop is None else min(log.position(tp), stop)
+        for partition, (records, position) in fetched.items():
+            reader = self._partitions[partition]
+            stop = self._stops.get(partition) if self._stops is not None else None
+            if stop is not None:
+                records, position = [r for r in records if r.offset < stop], min(position, stop)
             moved |= position > reader.position
             if records:
                 letters += reader.take(records)
@@ -343,6 +350,19 @@ class LogReader:
         if self._pending_since is None and any(reader.unpacked for reader in self._partitions.values()):
             self._pending_since, self._read_ms = time.monotonic(), time.time_ns() // 1_000_000
         return moved
+
+    def _fetch(
+        self, log: kafka.KafkaConsumer, wait_s: float, most: int
+    ) -> Mapping[int, tuple[Sequence[ConsumerRecord | Record], int]]:
+        """By partition, the records that come next and the position behind them: segments, then the topic."""
+        if self._earlier:
+            return self._earlier.fetch(most, self._stops)
+        try:
+            fetched = log.poll(timeout_ms=int(wait_s * 1000), max_records=most)
+        except kafka.errors.OffsetOutOfRangeError as error:
+            self._pass_over_gaps(log, error)
+            fetched = {}
+        return {tp.partition: (fetched.get(tp, ()), log.position(tp)) for tp in log.assignment()}
 
     def _new_events(self) -> int:
         return sum(reader.histories.pending for reader in self._partitions.values())
@@ -389,7 +409,7 @@ class LogReader:
             self._ask(lambda: log.end_offsets(assigned))
             return
         until = self._until
-        self._stops = self._ask(lambda: until.stops(log, self._config.kafka.topic, partitions))
+        self._stops = self._ask(lambda: until.stops(log, self._config, partitions))
 
     def _bound_reached(self) -> bool:
         stops = self._stops
@@ -430,10 +450,10 @@ class LogReader:
             tp = kafka.TopicPartition(self._config.kafka.topic, partition)
             start = self._ask(lambda tp=tp: log.beginning_offsets([tp])[tp])  # type: ignore[misc]
             if start > reader.position:
-                if self._config.source.on_gap == "fail":
-                    lost = start - reader.position
+                lost = sum(b - a for a, b in reader.unconsumed(reader.position, start))
+                if lost and self._config.source.on_gap == "fail":
                     raise OffsetGap(tp.topic, partition, reader.position, start, lost) from error
-                self._lose(reader, start)
+                self._lose(reader, reader.position, start)
                 log.seek(tp, start)
                 within = False
             end = self._ask(lambda tp=tp: log.end_offsets([tp])[tp])  # type: ignore[misc]

@@ -1,8 +1,9 @@
 """Where the snapshots of histories lie, which of them to start from and which to keep.
 
 `snapshots/p00003/o00000000000000001234.arrow` is what partition 3's histories held after every offset below
-1234. Readers write them beside the checkpoints; trainer and servers start from them. Nothing but time is lost
-with one: histories are a pure fold over the log, and without a snapshot they are folded again from its start.
+1234; a backfill's offsets may be negative (`o-0000000000000001234.arrow`). Readers write them beside the
+checkpoints; trainer and servers start from them. Nothing but time is lost with one: histories are a pure fold
+over the log, and without a snapshot they are folded again from its start.
 
 A tombstone takes its user out of histories at once, and so out of every snapshot at a later offset. Those
 of before go by age. A new one is written at the end of each execution at the latest, and the next
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SHARE = 0.05  # of a reader's time, at most, goes into snapshots
 KEPT = 4  # at least: a damaged one must not cost a reading of the whole log
-_FILE = re.compile(r"o(\d{20})\.arrow")
+_FILE = re.compile(r"o(-\d{19}|\d{20})\.arrow")
 
 
 class SnapshotFiles:

@@ -27,7 +27,7 @@ def kept_events(batch: MicroBatch, window: int, alpha: float, seed: int) -> npt.
     for sequence in np.flatnonzero((batch.lengths > most) & (new > 0)):
         n, start = int(batch.lengths[sequence]), int(stops[sequence] - batch.lengths[sequence])
         at = first_new[sequence]
-        place = (int(batch.partitions[at]), int(batch.offsets[at]))
+        place = (int(batch.partitions[at]), int(batch.offsets[at]) % 2**64)  # a seed is not negative
         random = np.random.default_rng((seed, *place))
         if random.random() < window**alpha / n**2:
             continue

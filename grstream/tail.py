@@ -2,8 +2,9 @@
 
 It reads as the trainer's readers do and folds with the same `RollingHistories` (law 3), but writes nothing;
 dead letters are the trainer's to send. It begins at the newest snapshot that the readers left, else at the
-log's start, reads on through a broker that goes away and comes back, takes on partitions that the topic gets,
-and never passes over lost offsets in silence: they are logged and counted.
+log's start, which may lie in a backfill's segments, reads on through a broker that goes away and comes back,
+takes on partitions that the topic gets, and never passes over lost offsets in silence: they are logged and
+counted.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from grstream.config import Config
 from grstream.events import EventDecoder
 from grstream.histories import History, RollingHistories
 from grstream.kafka import BrokerUnavailable, TopicMissing, consumer, partition_count, reaching
+from grstream.segments import Segments
 from grstream.snapshot_files import SnapshotFiles
 
 logger = logging.getLogger(__name__)
@@ -143,7 +145,10 @@ class HistoryTail:
             log.assign([self._tp(p) for p in range(self._shard, count, self._shards)])
             begins = self._bounds(log.beginning_offsets, log)
             ends = self._bounds(log.end_offsets, log)
-            beginning = {p: self._begin(p, begins[p], ends[p]) for p in ends if p not in self._partitions}
+            segments = Segments.of(self._config)
+            beginning = {
+                p: self._begin(p, begins[p], ends[p], segments) for p in ends if p not in self._partitions
+            }
             with self._lock:
                 self._count = count
                 for partition, held in self._partitions.items():
@@ -154,12 +159,23 @@ class HistoryTail:
                 log.seek(self._tp(partition), held.position)
             yield log
 
-    def _begin(self, partition: int, begin: int, end: int) -> _Partition:
+    def _begin(self, partition: int, begin: int, end: int, segments: Segments | None) -> _Partition:
         """Histories from the newest snapshot that lies within the log, else from the log's start."""
-        found = SnapshotFiles(self._config, partition).restore(at_least=begin, at_most=end, track_new=False)
-        histories, position = found or (self._empty(partition), begin)
+        span = segments.span(partition) if segments else None
+        start, seam = span or (begin, begin)
+        files = SnapshotFiles(self._config, partition)
+        found = files.restore(at_least=start if begin <= seam else begin, at_most=end, track_new=False)
+        histories, position = found or (self._empty(partition), start)
         logger.info("partition %d: histories from %d", partition, position)
-        return _Partition(histories, position, end)
+        held = _Partition(histories, position, end)
+        if segments and position < seam:
+            for records in segments.records(partition, position):
+                if self._stopping.is_set():
+                    break
+                self._take_into(partition, held, records, records[-1].offset + 1)
+            held.position = seam
+            self._resume(partition, held, begin, end)
+        return held
 
     def _resume(self, partition: int, held: _Partition, begin: int, end: int) -> None:
         """Where to read on within the log as it is now."""
@@ -203,7 +219,9 @@ class HistoryTail:
 
     def _take(self, partition: int, records: list, position: int) -> None:
         """Fold in records, and pass over offsets that hold none."""
-        held = self._partitions[partition]
+        self._take_into(partition, self._partitions[partition], records, position)
+
+    def _take_into(self, partition: int, held: _Partition, records: list, position: int) -> None:
         decoded = None
         if records:
             offsets = np.fromiter((r.offset for r in records), np.int64, len(records))

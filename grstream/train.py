@@ -28,6 +28,7 @@ from grstream.kafka import TopicMissing, partition_count
 from grstream.ranks import Ranks
 from grstream.reader import LogTruncated, OffsetGap
 from grstream.schema import SchemaChanged
+from grstream.segments import SegmentError
 from grstream.source import ReadersNotStarted, StreamSplit, actions
 from grstream.trainer import BAD_WEIGHTS, Trainer
 from grstream.until import Until
@@ -35,7 +36,10 @@ from grstream.until import Until
 logger = logging.getLogger(__name__)
 
 # Errors that would only come again, the last ones after `train.max_reverts`.
-LASTING = (OffsetGap, LogTruncated, TopicMissing, ReadersNotStarted, SchemaChanged, *BAD_WEIGHTS)
+LASTING = (
+    *(OffsetGap, LogTruncated, TopicMissing, SegmentError, ReadersNotStarted, SchemaChanged),
+    *BAD_WEIGHTS,
+)
 WATCH_S = 0.25  # how often the driver looks at the board, and for a wish to stop
 
 

@@ -12,8 +12,11 @@ import kafka
 from grstream.config import Config
 from grstream.kafka import consumer, partition_count, reaching
 from grstream.ledger import Ledger
+from grstream.segments import Segments
 
-_OFFSETS = re.compile(r"\d+:\d+(,\d+:\d+)*")
+_OFFSETS = re.compile(r"\d+:-?\d+(,\d+:-?\d+)*")
+
+_UNREAD = -(2**63)  # below every offset, those of a backfill too
 
 
 def end_offsets(config: Config) -> dict[int, int]:
@@ -56,24 +59,33 @@ class Until:
         """Whether it is decided by now where to stop."""
         return self.time_ms is None or time.time() * 1000 >= self.time_ms
 
-    def stops(self, log: kafka.KafkaConsumer, topic: str, partitions: list[int]) -> dict[int, int] | None:
+    def stops(self, log: kafka.KafkaConsumer, config: Config, partitions: list[int]) -> dict[int, int] | None:
         """The offset of each partition at which to stop; None while the time has not come."""
         if self.offsets is not None:
-            return {p: self.offsets.get(p, 0) for p in partitions}
+            return {p: self.offsets.get(p, _UNREAD) for p in partitions}
         if not self.has_come():
             return None
-        asked = [kafka.TopicPartition(topic, p) for p in partitions]
+        asked = [kafka.TopicPartition(config.kafka.topic, p) for p in partitions]
         found = log.offsets_for_times(dict.fromkeys(asked, self.time_ms))
         ends = log.end_offsets(asked)
-        return {tp.partition: found[tp].offset if found.get(tp) else ends[tp] for tp in asked}
+        stops = {tp.partition: found[tp].offset if found.get(tp) else ends[tp] for tp in asked}
+        segments = Segments.of(config)
+        for partition, stop in stops.items():
+            span = segments.span(partition) if segments else None
+            if segments and span and stop <= span[1] and self.time_ms is not None:
+                stops[partition] = segments.first_at(partition, self.time_ms)
+        return stops
 
     def reached(self, config: Config, ledger: Ledger) -> bool:
         """Whether everything before the end is in the ledger, or no longer in the log."""
         partitions = list(range(partition_count(config.kafka)))
         with reaching(config.kafka), contextlib.closing(consumer(config.kafka)) as log:
-            stops = self.stops(log, config.kafka.topic, partitions)
+            stops = self.stops(log, config, partitions)
             begins = log.beginning_offsets([kafka.TopicPartition(config.kafka.topic, p) for p in partitions])
         if stops is None:
             return False
         starts = {tp.partition: offset for tp, offset in begins.items()}
-        return all(stop <= max(ledger.watermark(p) or 0, starts[p]) for p, stop in stops.items())
+        segments = Segments.of(config)
+        if segments:
+            starts |= {p: segments.manifest.partitions[p].start for p in partitions if segments.span(p)}
+        return all(stop <= max(ledger.watermark(p) or starts[p], starts[p]) for p, stop in stops.items())

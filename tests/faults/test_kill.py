@@ -1,18 +1,25 @@
 """A trainer is killed at work, process by process: no event is lost and none is trained on twice (law 4)."""
 
+import contextlib
 import pathlib
 import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
 
+import kafka
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import ray
 
 from grstream import config as configs
 from grstream.audit import audit
-from grstream.kafka import create_topic
+from grstream.backfill import backfill
+from grstream.checkpoints import CheckpointStore
+from grstream.kafka import consumer, create_topic
 from grstream.ledger import Disposition
+from grstream.until import end_offsets
 from grstream.weight_store import WeightStore
 from grstream.weights import Weights
 from tests.faults.killing import DRIVER, PATIENCE_S, RANK, READER, Runs, kill_one, start_job, wait
@@ -132,3 +139,65 @@ def bytes_of(config: configs.Config) -> dict[str, bytes]:
     held: Weights = store.load(store.numbers()[-1]).weights
     arrays = {**held.dense, "keys": held.keys, "rows": held.rows, "items": held.items}
     return {name: array.tobytes() for name, array in arrays.items()}
+
+
+def dump(config: configs.Config, path: pathlib.Path) -> None:
+    """The topic as it is, record by record, in a Parquet file."""
+    ends = {kafka.TopicPartition(config.kafka.topic, p): end for p, end in end_offsets(config).items()}
+    records: list[tuple[int, int, int, bytes, bytes | None]] = []
+    with contextlib.closing(consumer(config.kafka)) as log:
+        log.assign(list(ends))
+        for tp in ends:
+            log.seek(tp, 0)
+        while any(log.position(tp) < end for tp, end in ends.items()):
+            for part in log.poll(timeout_ms=1000).values():
+                records += [(r.partition, r.offset, r.timestamp, r.key, r.value) for r in part]
+    names = ("partition", "offset", "taken", "key", "value")
+    columns = zip(names, zip(*records, strict=True), strict=True)
+    pa.parquet.write_table(pa.table({name: pa.array(values) for name, values in columns}), path)
+
+
+def test_killed_between_the_start_of_a_backfill_and_its_seam_nothing_is_lost_or_repeated(
+    tmp_path: pathlib.Path, kafka_bootstrap: str, cluster: str
+) -> None:
+    names = {
+        "partition": "partition",
+        "offset": "offset",
+        "record_time": "taken",
+        "key": "key",
+        "value": "value",
+    }
+    config = make_config(
+        tmp_path / "storage",
+        kafka_bootstrap,
+        source={"flush_events": 32, "flush_ms": 100},
+        train={"checkpoint_every_s": 1, "publish_every_s": 0.5},
+        replay={"records": names},
+    )
+    create_topic(config.kafka, 2)
+    stream, runs, draw = Stream(config), Runs(config), random.Random(0)
+    stream.send(8000)
+    dump(config, config.storage.parent / "dump.parquet")
+    made = backfill(config, str(config.storage.parent / "dump.parquet"), None)
+    assert (made.records, made.holes, made.repeated) == (8000, 0, 0)
+    stream.send(200)
+
+    job = start_job(config, cluster)
+    try:
+        for begun, victim in enumerate((READER, RANK)):
+            wait(working(runs, begun), f"a run before the death of the {victim}", job)
+            kill_one(victim, draw)
+        wait(working(runs, 2), "a run after the worker's death", job)
+        job.kill()
+        job.wait()
+    finally:
+        job.kill()
+    found = CheckpointStore(config.storage / "checkpoints").newest()
+    assert found is None or any((found.ledger.watermark(p) or 0) < made.partitions[p].seam for p in (0, 1))
+
+    for until in (",".join(f"{p}:{held.seam}" for p, held in made.partitions.items()), "now"):
+        job = start_job(config, cluster, "--until", until)
+        said, _ = job.communicate(timeout=PATIENCE_S)
+        assert job.returncode == 0, said
+        assert audit(config).passed
+    assert sum(audit(config).count(d) for d in Disposition) == stream.sent

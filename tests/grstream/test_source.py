@@ -443,10 +443,20 @@ def test_what_was_lost_is_just_what_was_not_consumed_before_the_log_s_start(
     config = make_config(pathlib.Path("unused"))
     histories = RollingHistories(config.histories, features=0, partition=0)
     reader = PartitionReader(config, 0, consumed.consumed(0), histories, min(before, default=0))
-    lost = reader.lose(log_start)
+    lost = reader.lose(min(before, default=0), log_start)
     settled = {o for r in reader.pack(0).ranges for o in range(r.start, r.stop)}
     assert settled == set(range(min(before, default=0), log_start)) - before
     assert len(settled) == lost
+
+
+def test_what_a_reader_has_read_itself_is_not_lost_when_the_log_then_begins_later() -> None:
+    config = make_config(pathlib.Path("unused"))
+    histories = RollingHistories(config.histories, features=0, partition=0)
+    reader = PartitionReader(config, 0, [(0, 3), (12, 14)], histories, 0)
+    reader.take([Record(o, event(1, o), b"1") for o in range(6)])  # type: ignore[list-item]
+    assert reader.lose(reader.position, 20) == 12
+    settled = ledger_of([reader.pack(0)])  # nothing twice
+    assert settled.consumed(0) == [(3, 12), (14, 20)]
 
 
 def test_a_partition_that_is_added_is_read_from_its_start(
@@ -527,6 +537,7 @@ def test_a_bound_that_is_none_says_what_one_looks_like(text: str, config: config
 
 def test_a_bound_is_offsets_or_a_time(config: configs.Config) -> None:
     assert Until.parse("0:12,3:0", config) == Until(offsets={0: 12, 3: 0})
+    assert Until.parse("0:-12", config) == Until(offsets={0: -12})  # within a backfill
     assert Until.parse("2026-01-01T00:00:00+00:00", config) == Until(time_ms=1_767_225_600_000)
 
 

@@ -55,6 +55,12 @@ def test_a_replay_draws_the_same_whoever_else_is_in_the_batch() -> None:
     assert not np.array_equal(kept_events(batch([98]), WINDOW, ALPHA, 4), first)
 
 
+def test_an_offset_of_a_backfill_may_be_negative() -> None:
+    below, at = (kept_events(batch([98] * 20, first_offset=o), WINDOW, ALPHA, 0) for o in (-(10**6), 0))
+    assert below.sum() < len(below)
+    assert below.tolist() != at.tolist()
+
+
 def test_a_batch_with_empty_and_without_sequences() -> None:
     assert len(kept_events(MicroBatch.empty(), WINDOW, ALPHA, 0)) == 0
     only_old = micro_batch([(1, history(90), []), (2, [], [])])
