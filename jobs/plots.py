@@ -61,16 +61,15 @@ def stream(entries: Entries) -> str:
     delay = _by_partition(entries.where(figure="learned_s"))
     events = entries.where(figure="trained_events")
     others = [
-        (name.removeprefix("settled/").replace("_", " "), of.at, of.value)
+        _wall_line(name.removeprefix("settled/").replace("_", " "), of)
         for name in sorted(entries.words("figure"))
         if name.startswith("settled/") and name != "settled/trained"
         for of in (entries.where(figure=name),)
         if len(of) and of.value[-1]
     ]
     rest = [
-        (label, of.at, of.value)
+        _wall_line(label, entries.where(figure=figure))
         for label, figure in (("weights version", "version"), ("checkpoint", "checkpoint"))
-        for of in (entries.where(figure=figure),)
     ]
     return _svg(
         [
@@ -89,8 +88,21 @@ def stream(entries: Entries) -> str:
 
 def _line(label: str, of: Entries) -> Line:
     """Over event time; broken where that goes back, as when a further partition is begun with."""
-    back = np.flatnonzero(np.diff(of.event) < 0) + 1
-    return label, np.insert(of.event, back, of.event[back]), np.insert(of.value, back, np.nan)
+    return _broken(label, of.event, of.value, np.diff(of.event) < 0)
+
+
+def _wall_line(label: str, of: Entries) -> Line:
+    """Over wall-clock time; broken where another run begins."""
+    runs = of.table["run"].combine_chunks().indices.to_numpy()
+    return _broken(label, of.at, of.value, np.diff(runs) != 0)
+
+
+def _broken(
+    label: str, ms: npt.NDArray[np.int64], values: npt.NDArray[np.float64], behind: npt.NDArray[np.bool_]
+) -> Line:
+    """A line with a hole behind each point of which it is said."""
+    at = np.flatnonzero(behind) + 1
+    return label, np.insert(ms, at, ms[at]), np.insert(values, at, np.nan)
 
 
 def _of(window: Entries, figure: str, config: Config) -> list[Line]:
@@ -106,7 +118,7 @@ def _by_partition(of: Entries) -> list[Line]:
     partitions = of.partitions()
     if len(partitions) <= PARTITIONS:
         each = [(p, of.where(partition=p)) for p in partitions]
-        return [(f"partition {p}", rows.at, rows.value) for p, rows in each]
+        return [_wall_line(f"partition {p}", rows) for p, rows in each]
     at, entry = np.unique(of.at, return_inverse=True)
     order = np.lexsort((of.value, entry))
     stops = np.cumsum(np.bincount(entry))
@@ -120,7 +132,7 @@ def _by_partition(of: Entries) -> list[Line]:
 
 def _scaled(lines: list[Line]) -> tuple[list[Line], str]:
     """Seconds in the unit that suits the greatest."""
-    greatest = max((float(v.max()) for _, _, v in lines if len(v)), default=0.0)
+    greatest = max((float(np.nanmax(v)) for _, _, v in lines if len(v)), default=0.0)
     units = (("days", 86_400), ("hours", 3_600), ("minutes", 60), ("seconds", 1), ("ms", 0.001))
     unit, size = next((u for u in units if greatest >= 2 * u[1]), units[-1])
     return [(label, x, v / size) for label, x, v in lines], unit

@@ -117,15 +117,16 @@ def _by_action(config: Config, entries: Entries) -> str:
                 [
                     window_name(hours),
                     action,
-                    *_three(of, window),
+                    *_figures(of, window),
                     _number(share, ".0%"),
                     *_hits(config, window),
                 ]
             )
-    header = ["window", "action", "events", "NE", "calibration", "GAUC", "of users"]
+    header = ["window", "action", "events", "NE", "calibration", "GAUC", "of events", "of users"]
     note = (
         "NE: log loss of predictions made before learning, over the entropy of the mean label; below 1 beats "
-        "the base rate. Calibration: predicted over actual positives. HR@k: the item was among the k first "
+        "the base rate. Calibration: predicted over actual positives. GAUC: of the events of users that have "
+        "both labels, and where these are too many of a sample of users. HR@k: the item was among the k first "
         "retrieved; it is of the event, not of an action."
     )
     return _table([*header, *(f"HR@{k}" for k in config.quality.hit_at)], rows, text=2) + f"<p>{note}</p>"
@@ -138,8 +139,8 @@ def _by_history(config: Config, entries: Entries) -> str:
         of_slice = window.where(slice=slice_)
         for action in config.events.actions:
             of = of_slice.where(action=action)
-            rows.append([_slice(slice_), action, *_three(of, of_slice), *_hits(config, of_slice)])
-    header = ["events predicted from", "action", "events", "NE", "calibration", "GAUC"]
+            rows.append([_slice(slice_), action, *_figures(of, of_slice), *_hits(config, of_slice)])
+    header = ["events predicted from", "action", "events", "NE", "calibration", "GAUC", "of events"]
     return _table([*header, *(f"HR@{k}" for k in config.quality.hit_at)], rows, text=2)
 
 
@@ -182,9 +183,11 @@ def _runs(entries: Entries, line: list[Mark]) -> str:
 # -- parts --------------------------------------------------------------------------------------------------
 
 
-def _three(of: Entries, events: Entries) -> list[str]:
-    values = [of.one(name) for name in ("ne", "calibration", "gauc")]
-    return [_number(events.one("events"), ",.0f"), *(_number(v, ".4f") for v in values)]
+def _figures(of: Entries, events: Entries) -> list[str]:
+    """Events, entropy, calibration, and GAUC with the events that it is of."""
+    cells = [_number(of.one(name), ".4f") for name in ("ne", "calibration", "gauc")]
+    pairs = of.where(figure="gauc").table["events"].to_pylist()
+    return [_number(events.one("events"), ",.0f"), *cells, f"{pairs[-1]:,}" if pairs else "—"]
 
 
 def _hits(config: Config, of: Entries) -> list[str]:

@@ -76,9 +76,9 @@ def text(page: str) -> str:
 
 def test_the_page_says_what_the_log_says(three_runs: configs.Config) -> None:
     said = text(report.report(three_runs))
-    assert "24h click 40 0.9600 — 0.5400 100% — 0.2500 —" in said
-    assert "24h like 40 — — — 100% — 0.2500 —" in said
-    assert "1h click — — — — — — — —" in said
+    assert "24h click 40 0.9600 — 0.5400 32 100% — 0.2500 —" in said
+    assert "24h like 40 — — — — 100% — 0.2500 —" in said
+    assert "1h click — — — — — — — — —" in said
     for row in ("trained 40 ", "duplicate 3 ", "dead letter 2 ", "lost 70 ", "missed by 24h 4,321 "):
         assert row in said
     assert "lag, offsets 81" in said
@@ -183,6 +183,12 @@ def test_a_line_is_broken_where_event_time_goes_back(tmp_path: pathlib.Path) -> 
     assert values.tolist()[:3] == [1, 2, 3]
     assert np.isnan(values[3])
     assert values.tolist()[4:] == [0.5, 1.5]
+
+
+def test_a_line_is_broken_where_another_run_begins(three_runs: configs.Config) -> None:
+    every = Entries.of(read(three_runs.storage / DIRECTORY))
+    _, _, values = plots._wall_line("", every.where(figure="step"))
+    assert [v if v == v else None for v in values.tolist()] == [1, 2, 3, None, 77, None, 3, 4]
 
 
 def test_many_partitions_are_their_greatest_and_their_median(tmp_path: pathlib.Path) -> None:
