@@ -126,8 +126,8 @@ def _by_action(config: Config, entries: Entries) -> str:
     note = (
         "NE: log loss of predictions made before learning, over the entropy of the mean label; below 1 beats "
         "the base rate. Calibration: predicted over actual positives. GAUC: of the events of users that have "
-        "both labels, and where these are too many of a sample of users. HR@k: the item was among the k first "
-        "retrieved; it is of the event, not of an action."
+        "both labels, and where these are too many, of a sample of users. HR@k: the item was among the k "
+        "first retrieved; it is of the event, not of an action."
     )
     return _table([*header, *(f"HR@{k}" for k in config.quality.hit_at)], rows, text=2) + f"<p>{note}</p>"
 
