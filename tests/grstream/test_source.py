@@ -16,6 +16,7 @@ import hypothesis
 import hypothesis.strategies as st
 import kafka
 import kafka.admin
+import kafka.errors
 import numpy as np
 import pytest
 
@@ -449,14 +450,31 @@ def test_what_was_lost_is_just_what_was_not_consumed_before_the_log_s_start(
     assert len(settled) == lost
 
 
+class LogBeginningAt20:
+    """A client of a log that lost its records before 20."""
+
+    def beginning_offsets(self, partitions: list[kafka.TopicPartition]) -> dict[kafka.TopicPartition, int]:
+        return dict.fromkeys(partitions, 20)
+
+    def end_offsets(self, partitions: list[kafka.TopicPartition]) -> dict[kafka.TopicPartition, int]:
+        return dict.fromkeys(partitions, 30)
+
+    def seek(self, partition: kafka.TopicPartition, offset: int) -> None:
+        assert offset == 20
+
+
 def test_what_a_reader_has_read_itself_is_not_lost_when_the_log_then_begins_later() -> None:
-    config = make_config(pathlib.Path("unused"))
+    config = make_config(pathlib.Path("unused"), on_gap="skip")
     histories = RollingHistories(config.histories, features=0, partition=0)
     reader = PartitionReader(config, 0, [(0, 3), (12, 14)], histories, 0)
     reader.take([Record(o, event(1, o), b"1") for o in range(6)])  # type: ignore[list-item]
-    assert reader.lose(reader.position, 20) == 12
+    log = LogReader(config, 0, Ledger(), None)
+    log._partitions[0] = reader
+    log._pass_over_gaps(LogBeginningAt20(), kafka.errors.OffsetOutOfRangeError())
+    assert reader.position == 20
     settled = ledger_of([reader.pack(0)])  # nothing twice
     assert settled.consumed(0) == [(3, 12), (14, 20)]
+    assert settled.count(Disposition.LOST) == 12
 
 
 def test_a_partition_that_is_added_is_read_from_its_start(
