@@ -41,11 +41,17 @@ def _parse_id(value: Any) -> Id:
     return canonical_id(value)
 
 
-def _given(value: Any) -> Any:
-    """A mapping without its nulls, which stand for absent features."""
+def _given(value: Any, info: pydantic.ValidationInfo) -> Any:
+    """A mapping without its nulls, which stand for absent features, and without what is to be ignored.
+
+    The validation's context holds the names that are not, by field.
+    """
     if value is None:
         return {}
-    return {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping):
+        return value
+    known = (info.context or {}).get(info.field_name)
+    return {k: v for k, v in value.items() if v is not None and (known is None or k in known)}
 
 
 WireId = Annotated[int | str, pydantic.BeforeValidator(_parse_id)]
@@ -85,6 +91,10 @@ class EventSchema:
         self._namespaces = [feature_namespace(name) for name in config.features]
         self._strict = config.unknown_fields == "reject"
         self._model = ActionEvent if self._strict else _LenientEvent
+        # What is ignored is not judged either.
+        self._heeded = (
+            None if self._strict else {"context": config.context, "item_features": config.item_features}
+        )
 
     def validate(
         self, data: bytes | Mapping[str, Any] | ActionEvent, record_time_ms: int | None = None
@@ -96,9 +106,9 @@ class EventSchema:
         """
         try:
             if isinstance(data, bytes):
-                event = self._model.model_validate_json(data)
+                event = self._model.model_validate_json(data, context=self._heeded)
             else:
-                event = self._model.model_validate(data)
+                event = self._model.model_validate(data, context=self._heeded)
         except pydantic.ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             reason = first["msg"].removeprefix("Value error, ")
