@@ -284,9 +284,10 @@ def test_a_log_that_is_not_the_one_it_was_is_said_so_and_read_anew(
         tail.start()
         eventually(lambda: length(tail, 1, 1) == 5)
     with caplog.at_level(logging.ERROR), broker_process(tmp_path / "two", int(bootstrap.rsplit(":", 1)[1])):
-        create_topic(config.kafka, 1)
+        # The tail's client may have had the topic created before, with as many as the broker gives unasked.
+        count = create_topic(config.kafka, 1)
         post(config, [event(1, 7, 7)])
-        eventually(lambda: length(tail, 1, 1) == 1)
-        assert tail.status().gaps == 4
+        eventually(lambda: tail.status().partitions == count and length(tail, 1, count) == 1)
+        assert tail.status().gaps in (4, 5)  # the new log may have been looked at before its first event
         tail.stop()
     assert "another log" in caplog.text
