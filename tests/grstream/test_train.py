@@ -287,7 +287,19 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_touch_it(
     one.load(found.directory)
     other.load(expected.directory)
     assert one.weights().rows.tobytes() == other.weights().rows.tobytes()
+    for part in ("model", "optimizer"):
+        held, wanted = (_tensors(learner.state().held[part]) for learner in (one, other))
+        assert len(held) > 10
+        assert all(torch.equal(a, b) for a, b in zip(held, wanted, strict=True))
     assert one.metrics.figures() == pytest.approx(other.metrics.figures(), nan_ok=True)
+
+
+def _tensors(held: Any) -> list[torch.Tensor]:
+    if isinstance(held, dict):
+        held = list(held.values())
+    if isinstance(held, list):
+        return [tensor for value in held for tensor in _tensors(value)]
+    return [held] if isinstance(held, torch.Tensor) else []
 
 
 def wait(until: Callable[[], bool]) -> None:
