@@ -8,6 +8,7 @@ seconds of the process on its core, so that what else runs on the machine matter
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from grstream.config import HistoriesConfig
+from grstream.config import ExposuresConfig, HistoriesConfig
 from grstream.events import EventBatch
 from grstream.histories import RollingHistories
 from grstream.keys import Namespace, keys_of_ints
@@ -95,18 +96,37 @@ def append_speed(events: int, size: int, *, ids: bool = False, late: float = 0.0
     return sum(map(len, log[warm:])) / (time.process_time() - began)
 
 
-def pack_speed(packs: int, new: int) -> tuple[float, float]:
-    """New events per second through `append` and `pack`, with full windows; events packed for each."""
-    histories = RollingHistories(HistoriesConfig(window=WINDOW), features=FEATURES)
+def exposed(batch: EventBatch) -> EventBatch:
+    """All of the batch are impressions but each twentieth, which acts upon the one ten before it."""
+    label = np.arange(len(batch)) % 20 == 19
+    shown = np.flatnonzero(label) - 10
+    columns = {name: getattr(batch, name).copy() for name in ("users", "items", "actions")}
+    exposures = keys_of_ints(Namespace.EXPOSURE, batch.offsets)
+    columns["actions"][~label] = 0
+    for column in (columns["users"], columns["items"], exposures):
+        column[label] = column[shown]
+    return dataclasses.replace(batch, **columns, exposures=exposures)
+
+
+def pack_speed(packs: int, new: int, joined: bool = False) -> tuple[float, float]:
+    """New events per second through `append` and `pack`, with full windows; events packed for each.
+
+    `joined`: they are impressions and labels, with as many exposures open as ten packs hold.
+    """
+    join = ExposuresConfig(window_ms=10 * new) if joined else None
+    histories = RollingHistories(HistoriesConfig(window=WINDOW), features=FEATURES, exposures=join)
     users = 20 * new
     fill = np.tile(np.arange(users), WINDOW)
     emitted = np.random.default_rng(0).integers(0, users, packs * new)
     *log, last = batches(np.concatenate([fill, emitted]), new, ids=True)
     for batch in log[: -packs + 1]:
         histories.append(batch, np.zeros(len(batch), np.bool_))
+    log = [*log[-packs + 1 :], last]
+    if joined:
+        log = list(map(exposed, log))
     began = time.process_time()
     packed = 0
-    for batch in (*log[-packs + 1 :], last):
+    for batch in log:
         histories.append(batch)
         packed += len(histories.pack().items)
     return packs * new / (time.process_time() - began), packed / (packs * new)
@@ -127,6 +147,7 @@ def main() -> None:
         "appends_per_s_1pct_late": append_speed(2_000_000 // scale, 10_000, late=0.01),
         "append_and_pack_per_s_by_512": packs_per_s,
         "packed_per_new_event": packed,
+        "append_and_pack_per_s_with_exposures": pack_speed(1000 // scale, 512, joined=True)[0],
     }
     figures = {name: round(value) for name, value in figures.items()}
     figures.update(held)

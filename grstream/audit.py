@@ -5,7 +5,6 @@ backfill's segments, decoded anew, with duplicates found anew; the ledger of the
 journals of the runs that led to it.
 """
 
-import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -16,11 +15,11 @@ import numpy.typing as npt
 from kafka.consumer.fetcher import ConsumerRecord
 
 from grstream.checkpoints import Checkpoint, CheckpointStore
-from grstream.config import Config
-from grstream.events import EventDecoder
+from grstream.config import Config, ExposuresConfig
+from grstream.events import Decoded, EventDecoder
 from grstream.journal import Mark, lineage
 from grstream.kafka import BrokerUnavailable, consumer, reaching
-from grstream.keys import ABSENT
+from grstream.keys import ABSENT, INT64_MAX, INT64_MIN
 from grstream.ledger import Disposition
 from grstream.segments import Record, Segments
 
@@ -56,7 +55,7 @@ class Audit:
 
     checkpoint: int
     trained: int  # events, as the trainer counted them
-    recorded: int  # offsets that the ledger holds as trained
+    recorded: int  # offsets that the ledger holds as trained, or as corrections that are trained on
     partitions: list[PartitionAudit]
 
     @property
@@ -89,7 +88,7 @@ def audit(config: Config) -> Audit:
     return Audit(
         checkpoint=checkpoint.record.number,
         trained=checkpoint.record.events,
-        recorded=checkpoint.ledger.count(Disposition.TRAINED),
+        recorded=sum(map(checkpoint.ledger.count, _learned(config))),
         partitions=partitions,
     )
 
@@ -185,13 +184,21 @@ class _Readable:
         return np.where(found < stop - start, start + found, self.spans[-1][1] - len(self) + found).tolist()
 
 
+def _learned(config: Config) -> list[Disposition]:
+    """What becomes of offsets that are learned from as events of their own."""
+    exposures = config.events.exposures
+    corrections = [Disposition.CORRECTION] if exposures and exposures.late_labels == "train" else []
+    return [Disposition.TRAINED, *corrections]
+
+
 def _expected(
     config: Config, log: kafka.KafkaConsumer, tp: kafka.TopicPartition, readable: _Readable
 ) -> Dispositions:
     """What the records themselves say must become of each offset."""
     expected = np.full(len(readable), Disposition.CONTROL, np.int8)
     decoder = EventDecoder(config.events)
-    accepted: collections.OrderedDict[int, int] = collections.OrderedDict()  # event key -> offset
+    accepted: dict[int, int] = {}  # event key -> offset
+    join = _Join(config.events.exposures) if config.events.exposures else None
     for records in _records(log, tp, readable):
         offsets = [r.offset for r in records]
         decoded = decoder.decode(
@@ -215,10 +222,55 @@ def _expected(
             else:
                 accepted[key] = offset
         expected[readable.index(repeated)] = Disposition.DUPLICATE
+        if join is not None:
+            join.judge(decoded, expected[readable.index(decoded.batch.offsets)] == Disposition.TRAINED)
+            expected[readable.index([*join.ends])] = [*join.ends.values()]
+            join.ends.clear()
     if readable.segments:
         forgotten = readable.segments.forgotten(tp.partition)
         expected[readable.index(forgotten[forgotten < readable.spans[0][1]])] = FORGOTTEN
     return expected
+
+
+class _Join:
+    """What becomes of labels, one event at a time; `grstream.exposures` says what is to."""
+
+    def __init__(self, config: ExposuresConfig) -> None:
+        self.ends: dict[int, Disposition] = {}
+        self._config = config
+        self._clock, self._events = INT64_MIN, 0
+        self._shown: dict[int, tuple[int, int, int]] = {}  # exposure key -> user, clock, events so far
+
+    def judge(self, decoded: Decoded, accepted: npt.NDArray[np.bool_]) -> None:
+        batch = decoded.batch
+        assert batch.exposures is not None
+        columns = (batch.offsets, batch.users, batch.actions, batch.times, batch.exposures)
+        events = [
+            event
+            for event, kept in zip(zip(*(c.tolist() for c in columns), strict=True), accepted, strict=True)
+            if kept
+        ]
+        forgotten = zip(decoded.tombstones.offsets.tolist(), decoded.tombstones.users.tolist(), strict=True)
+        for offset, user, *event in sorted([*events, *forgotten]):
+            if not event:
+                self._shown = {k: shown for k, shown in self._shown.items() if shown[0] != user}
+                continue
+            actions, time, exposure = event
+            self._clock, self._events = max(self._clock, time), self._events + 1
+            if exposure == ABSENT:
+                continue
+            if not actions:
+                self._shown.pop(exposure, None)
+                self._shown[exposure] = (user, self._clock, self._events)
+                while self._clock - next(iter(self._shown.values()))[1] > self._config.window_ms:
+                    del self._shown[next(iter(self._shown))]
+                continue
+            _, clock, events_then = self._shown.get(exposure, (user, -INT64_MAX, 0))
+            is_open = (
+                self._clock - clock <= self._config.window_ms
+                and self._events - events_then < self._config.max_open
+            )
+            self.ends[offset] = Disposition.JOINED if is_open else Disposition.CORRECTION
 
 
 def _records(

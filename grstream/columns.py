@@ -15,7 +15,7 @@ newline inside a string; both are errors. So each record holds whole objects, at
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,7 @@ class Columns:
     features: npt.NDArray[np.int64]  # (n, F)
     event_keys: Keys  # (n,)
     item_names: dict[int, str]
+    exposures: Keys  # (n,)
 
     @classmethod
     def empty(cls, rows: int, features: int) -> "Columns":
@@ -69,12 +70,22 @@ class Columns:
             features=np.full((rows, features), ABSENT, np.int64),
             event_keys=np.full(rows, ABSENT, np.int64),
             item_names={},
+            exposures=np.full(rows, ABSENT, np.int64),
         )
 
 
 def event_keys(users: Keys, event_ids: Sequence[str]) -> Keys:
     """Keys of (user, event id): an event id names one occurrence among its user's."""
-    keys = keys_of_ints(Namespace.EVENT, keys_of_strings(Namespace.EVENT, event_ids) ^ users)
+    return _of_users(Namespace.EVENT, users, event_ids)
+
+
+def exposure_keys(users: Keys, exposure_ids: Sequence[str]) -> Keys:
+    """Keys of (user, exposure id)."""
+    return _of_users(Namespace.EXPOSURE, users, exposure_ids)
+
+
+def _of_users(namespace: Namespace, users: Keys, ids: Sequence[str]) -> Keys:
+    keys = keys_of_ints(namespace, keys_of_strings(namespace, ids) ^ users)
     return np.where(keys == ABSENT, 1, keys)
 
 
@@ -215,6 +226,7 @@ class ColumnReader:
                 "timestamp_ms": pa.int64(),
                 "context": pa.struct([(name, id_type(name)) for name in self._config.context]),
                 "item_features": pa.struct([(name, id_type(name)) for name in self._config.item_features]),
+                **({"exposure_id": pa.string()} if self._config.exposures else {}),
             }
             self._parsers[strings] = pa.json.ParseOptions(
                 explicit_schema=pa.schema(schema),
@@ -247,8 +259,14 @@ class ColumnReader:
                 good &= fine | ~given
                 features[:, f] = np.where(given, keys, ABSENT)
                 f += 1
-        occurrences, fine = _occurrences(users, _column(table, "event_id"))
+        occurrences, fine = _named(event_keys, users, _column(table, "event_id"))
         good &= fine
+        exposures = np.full(0, ABSENT, np.int64)
+        if self._config.exposures:
+            exposures, fine = _named(exposure_keys, users, _column(table, "exposure_id"))
+            good &= fine
+            # An exposure id names one showing: sent again without an event id, it is the same event.
+            occurrences = np.where((occurrences == ABSENT) & (actions == 0), exposures, occurrences)
 
         if good.all():
             at: Rows | slice = slice(None)
@@ -263,6 +281,8 @@ class ColumnReader:
         columns.times[to] = times[at]
         columns.features[to] = features[at]
         columns.event_keys[to] = occurrences[at]
+        if len(exposures):
+            columns.exposures[to] = exposures[at]
         if names:
             present = set(items[at].tolist())
             columns.item_names.update((key, name) for key, name in names.items() if key in present)
@@ -340,8 +360,10 @@ def _id_keys(namespace: int, column: pa.Array) -> tuple[Keys, npt.NDArray[np.boo
     return keys[codes], good, dict(zip(of_texts.tolist(), texts, strict=True))
 
 
-def _occurrences(users: Keys, column: pa.Array) -> tuple[Keys, npt.NDArray[np.bool_]]:
-    """Event keys, ABSENT where there is no event id, and where the id, if any, is valid."""
+def _named(
+    keys_of: Callable[[Keys, Sequence[str]], Keys], users: Keys, column: pa.Array
+) -> tuple[Keys, npt.NDArray[np.bool_]]:
+    """Keys of (user, id), ABSENT where there is no id, and where the id, if any, is valid."""
     good = np.ones(len(column), np.bool_)
     if column.null_count == len(column):
         return np.full(len(column), ABSENT, np.int64), good
@@ -349,9 +371,9 @@ def _occurrences(users: Keys, column: pa.Array) -> tuple[Keys, npt.NDArray[np.bo
     if column.null_count:
         given = column.is_valid().to_numpy(zero_copy_only=False)
         keys = np.full(len(column), ABSENT, np.int64)
-        keys[given] = event_keys(users[given], [i for i in ids if i is not None])
+        keys[given] = keys_of(users[given], [i for i in ids if i is not None])
     else:
-        keys = event_keys(users, ids)
+        keys = keys_of(users, ids)
     if "" in ids:
-        good[[i for i, event_id in enumerate(ids) if event_id == ""]] = False
+        good[[i for i, text in enumerate(ids) if text == ""]] = False
     return keys, good

@@ -44,6 +44,20 @@ class KafkaConfig(Section):
         return self.dead_letter_topic or f"{self.topic}.dead"
 
 
+class ExposuresConfig(Section):
+    """How impressions are joined with the actions that name them."""
+
+    window_ms: int = pydantic.Field(
+        600_000, ge=1, description="how long an exposure waits for labels, by the times of the log's events"
+    )
+    late_labels: Literal["count", "train"] = pydantic.Field(
+        "count", description="what becomes of labels after that: counted, or learned from as events, too"
+    )
+    max_open: int = pydantic.Field(
+        1_000_000, ge=1, description="events of a partition that wait for a window; beyond, it is ended early"
+    )
+
+
 class EventsConfig(Section):
     """The schema of an action event."""
 
@@ -54,6 +68,9 @@ class EventsConfig(Section):
         300_000, ge=0, description="how far an event's time may lie beyond the record's own time"
     )
     unknown_fields: Literal["reject", "ignore"] = "reject"
+    exposures: ExposuresConfig | None = pydantic.Field(
+        None, description="default: not joined, and `exposure_id` is an unknown field"
+    )
 
     @pydantic.model_validator(mode="after")
     def _names_are_unique(self) -> Self:
@@ -358,7 +375,7 @@ class Config(Section):
         86_400,
         gt=0,
         description="while a trainer runs, no snapshot holds a user for longer than this after the user's "
-        "tombstone was read; at least 2 source.recycle_s + train.checkpoint_every_s",
+        "tombstone was read; at least 2 source.recycle_s + train.checkpoint_every_s + the exposures' window",
     )
     kafka: KafkaConfig = KafkaConfig()
     events: EventsConfig
@@ -372,11 +389,13 @@ class Config(Section):
 
     @pydantic.model_validator(mode="after")
     def _can_forget_in_time(self) -> Self:
-        least_s = 2 * self.source.recycle_s + self.train.checkpoint_every_s
+        window_s = self.events.exposures.window_ms / 1000 if self.events.exposures else 0
+        least_s = 2 * self.source.recycle_s + self.train.checkpoint_every_s + window_s
         if self.forget_within_s < least_s:
             raise ValueError(
-                f"forget_within_s must be at least 2 source.recycle_s + train.checkpoint_every_s = "
-                f"{least_s:g}: a snapshot is needed until a checkpoint is beyond a newer one"
+                f"forget_within_s must be at least 2 source.recycle_s + train.checkpoint_every_s + "
+                f"the exposures' window = {least_s:g}: a snapshot is needed until a checkpoint is "
+                "beyond a newer one"
             )
         return self
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pydantic
 
-from grstream.columns import ColumnReader, Columns, event_keys
+from grstream.columns import ColumnReader, Columns, event_keys, exposure_keys
 from grstream.config import EventsConfig
 from grstream.keys import ABSENT, INT64_MAX, Id, Keys, Namespace, canonical_id, feature_namespace, key_of
 
@@ -72,6 +72,12 @@ class ActionEvent(pydantic.BaseModel):
     timestamp_ms: int = pydantic.Field(ge=0, le=INT64_MAX, description="milliseconds since 1970")
     context: Features = pydantic.Field({}, description="categorical features of the moment")
     item_features: Features = pydantic.Field({}, description="categorical features of the item")
+    exposure_id: str | None = pydantic.Field(
+        None,
+        min_length=1,
+        description="where exposures are joined: without actions the item was shown under this id, with some "
+        "it was acted upon because of that",
+    )
 
     def to_json(self) -> bytes:
         """The event as a record's value."""
@@ -82,6 +88,10 @@ class _LenientEvent(ActionEvent):
     model_config = pydantic.ConfigDict(extra="ignore")
 
 
+class _LenientPlainEvent(_LenientEvent):
+    exposure_id: Annotated[None, pydantic.BeforeValidator(lambda value: None)] = None
+
+
 class EventSchema:
     """What the configuration allows an event to be."""
 
@@ -90,7 +100,8 @@ class EventSchema:
         self._bit = {name: 1 << bit for bit, name in enumerate(config.actions)}
         self._namespaces = [feature_namespace(name) for name in config.features]
         self._strict = config.unknown_fields == "reject"
-        self._model = ActionEvent if self._strict else _LenientEvent
+        lenient = _LenientEvent if config.exposures else _LenientPlainEvent
+        self._model: type[ActionEvent] = ActionEvent if self._strict else lenient
         # What is ignored is not judged either.
         self._heeded = (
             None if self._strict else {"context": config.context, "item_features": config.item_features}
@@ -113,6 +124,8 @@ class EventSchema:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             reason = first["msg"].removeprefix("Value error, ")
             raise InvalidEvent(reason, ".".join(map(str, first["loc"])) or None) from error
+        if event.exposure_id is not None and self.config.exposures is None:
+            raise InvalidEvent("exposures are not joined: events.exposures is not configured", "exposure_id")
         self.mask(event.actions)
         context = self._known("context", event.context, self.config.context)
         item_features = self._known("item_features", event.item_features, self.config.item_features)
@@ -170,6 +183,7 @@ class EventBatch:
     features: npt.NDArray[np.int64]  # (n, F) keys, ABSENT where the event carried none
     event_keys: Keys  # (n,) key of (user, event id); ABSENT without an id
     item_names: dict[int, str]  # item key -> id, of the string ids among the items
+    exposures: Keys | None = None  # (n,) key of (user, exposure id); None where exposures are not joined
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -178,7 +192,8 @@ class EventBatch:
         """Some of the events that follow one another; without names, which hold for all."""
         columns = ("offsets", "users", "items", "actions", "times", "features", "event_keys")
         cut = {name: getattr(self, name)[start:stop] for name in columns}
-        return EventBatch(partition=self.partition, item_names={}, **cut)
+        exposures = None if self.exposures is None else self.exposures[start:stop]
+        return EventBatch(partition=self.partition, item_names={}, exposures=exposures, **cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +238,7 @@ class EventDecoder:
         self.schema = EventSchema(config)
         self._reader = ColumnReader(config)
         self._features = len(config.features)
+        self._exposures = config.exposures is not None
 
     def decode(
         self,
@@ -264,6 +280,7 @@ class EventDecoder:
             features=columns.features[keep],
             event_keys=columns.event_keys[keep],
             item_names=columns.item_names,
+            exposures=columns.exposures[keep] if self._exposures else None,
         )
         rejected.sort(key=lambda r: r.offset)
         return Decoded(batch, rejected, Tombstones.of(tombstones))
@@ -274,8 +291,13 @@ class EventDecoder:
         columns.actions[row] = self.schema.mask(event.actions)
         columns.times[row] = event.timestamp_ms
         columns.features[row] = self.schema.feature_keys(event)
+        user = columns.users[row : row + 1]
         if event.event_id is not None:
-            columns.event_keys[row] = event_keys(columns.users[row : row + 1], [event.event_id])[0]
+            columns.event_keys[row] = event_keys(user, [event.event_id])[0]
+        if event.exposure_id is not None:
+            columns.exposures[row] = exposure = exposure_keys(user, [event.exposure_id])[0]
+            if event.event_id is None and not event.actions:
+                columns.event_keys[row] = exposure
         if isinstance(event.item_id, str):
             columns.item_names[item] = event.item_id
         columns.good[row] = True

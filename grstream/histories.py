@@ -31,9 +31,10 @@ import numpy.typing as npt
 
 from grstream import snapshots
 from grstream.arena import Ints
-from grstream.config import HistoriesConfig
+from grstream.config import ExposuresConfig, HistoriesConfig
 from grstream.duplicates import DuplicateWindow
 from grstream.events import EventBatch, Tombstones
+from grstream.exposures import KEPT, ExposureJoin
 from grstream.item_names import ItemNames
 from grstream.keys import Keys
 from grstream.keytable import Slots
@@ -79,6 +80,8 @@ class Counters(_Happened):
     users: int
     events: int  # in all windows
     bytes: int  # allocated
+    open_exposures: int
+    closed_early: int  # exposures, because too many events waited
 
 
 class OffsetOrderError(ValueError):
@@ -89,11 +92,19 @@ class RollingHistories:
     """The histories of one partition. Not thread-safe."""
 
     def __init__(
-        self, config: HistoriesConfig, *, features: int, partition: int = 0, track_new: bool = True
+        self,
+        config: HistoriesConfig,
+        *,
+        features: int,
+        partition: int = 0,
+        track_new: bool = True,
+        exposures: ExposuresConfig | None = None,
     ) -> None:
         self._config = config
         self._partition = partition
-        self._pending = Pending(partition) if track_new else None
+        self._join = ExposureJoin(exposures) if exposures and track_new else None
+        self._pending = Pending(partition, self._join) if track_new else None
+        self._learns_corrections = exposures is not None and exposures.late_labels == "train"
         self._windows = Windows(config, features, self._pending)
         self._duplicates = DuplicateWindow(config.duplicate_window)
         self._names = ItemNames()
@@ -124,13 +135,15 @@ class RollingHistories:
         begin = 0
         for stop in np.unique(ahead).tolist():
             self._fold(batch.rows(begin, stop), None if new is None else new[begin:stop])
-            self._forget(tombstones.users[ahead == stop])
+            self._forget(np.unique(tombstones.users[ahead == stop]))
             begin = stop
         if begin:
             batch, new = batch.rows(begin, len(batch)), None if new is None else new[begin:]
         self._fold(batch, new)
         if len(tombstones):
             self._last_offset = max(self._last_offset, int(tombstones.offsets[-1]))
+        if self._pending is not None:
+            self._pending.seal(self._last_offset, self._windows.arena)
         self._names.prune(self._windows.arena.used)
 
     def _fold(self, batch: EventBatch, new: npt.NDArray[np.bool_] | None) -> None:
@@ -141,8 +154,15 @@ class RollingHistories:
         self._duplicate += len(batch) - int(accepted.sum())
         if self._pending is not None:
             ends = np.where(accepted, np.int8(Disposition.TRAINED), np.int8(Disposition.DUPLICATE))
+            if self._join is not None:
+                self._join.take(batch, accepted, ends)
             settled = slice(None) if new is None else new
             self._pending.settle_rows(batch.offsets[settled], ends[settled])
+            if self._join is not None:
+                learned = ends == Disposition.TRAINED
+                if self._learns_corrections:
+                    learned |= ends == Disposition.CORRECTION
+                new = learned if new is None else new & learned
         rows = np.flatnonzero(accepted)
         while len(rows):
             room = min(
@@ -153,8 +173,10 @@ class RollingHistories:
             rows = rows[self._take(batch, rows[:at_once], new) :]
 
     def _forget(self, users: Keys) -> None:
-        slots = self._windows.users.table.find(np.unique(users))
+        slots = self._windows.users.table.find(users)
         self._windows.remove(slots[slots >= 0])
+        if self._join is not None:
+            self._join.forget(users)
 
     def _check(self, batch: EventBatch, tombstones: Tombstones) -> None:
         if batch.partition != self._partition:
@@ -292,8 +314,13 @@ class RollingHistories:
 
     @property
     def pending(self) -> int:
-        """New events since the last pack."""
+        """New events that the next packs may hold: since the last one, and before every open exposure."""
         return len(self._to_pack())
+
+    @property
+    def settles(self) -> bool:
+        """Whether the next pack settles anything."""
+        return self._to_pack().settles
 
     def settle(self, range_: OffsetRange) -> None:
         """Record offsets that ended otherwise: dead letters, tombstones, control records."""
@@ -301,14 +328,17 @@ class RollingHistories:
             raise ValueError(f"these are histories of partition {self._partition}, got {range_}")
         self._to_pack().settle(range_)
 
-    def pack(self, read_ms: int = 0) -> MicroBatch:
-        """All that came since the last pack: new events behind their histories, and settled offsets.
+    def pack(self, read_ms: int = 0, limit: int | None = None) -> MicroBatch:
+        """What came since the last pack: new events behind their histories, and settled offsets.
 
-        `read_ms`: wall clock when the oldest of them was read.
+        Not more than `limit` new events, and nothing from the oldest open exposure on. `read_ms`: wall clock
+        when the oldest of them was read.
         """
-        batch, slots = self._to_pack().pack(self._windows.arena, self._names, read_ms)
-        self._windows.users.open[slots] = NO_SEQUENCE
-        self._windows.users.shared[slots] = 0
+        batch, sequences, slots = self._to_pack().pack(self._windows.arena, self._names, read_ms, limit)
+        users = self._windows.users
+        slots = slots[users.open[slots] == sequences]  # the others have another one, or another user
+        users.open[slots] = NO_SEQUENCE
+        users.shared[slots] = 0
         return batch
 
     def _to_pack(self) -> Pending:
@@ -340,10 +370,13 @@ class RollingHistories:
 
     def counters(self) -> Counters:
         held = self._windows.arena.nbytes + self._windows.users.nbytes + self._duplicates.nbytes
+        join = self._join
         return Counters(
+            open_exposures=0 if join is None else len(join),
+            closed_early=0 if join is None else join.closed_early,
             users=len(self._windows.users),
             events=self._windows.events,
-            bytes=held,
+            bytes=held + (0 if join is None else join.nbytes),
             **dataclasses.asdict(self._happened()),
         )
 
@@ -371,6 +404,8 @@ class RollingHistories:
             "schema": dataclasses.asdict(schema),
             "happened": dataclasses.asdict(self._happened()),
         }
+        if self._join is not None:
+            header["exposures"] = self._join.state()[0]
         snapshots.write(path, header, self._parts(next_offset))
 
     def _parts(self, next_offset: int) -> Iterator[snapshots.Part]:
@@ -379,11 +414,13 @@ class RollingHistories:
             names.update(self._names.of(np.unique(part["items"])))
             yield part
         keys, offsets = self._duplicates.entries(next_offset)
+        exposures = {} if self._join is None else self._join.state()[1]
         yield {
             "duplicate_keys": keys,
             "duplicate_offsets": offsets,
             "name_keys": np.array(sorted(names), np.int64),
             "names": [names[k] for k in sorted(names)],
+            **{f"exposure_{name}": column for name, column in exposures.items()},
         }
 
     @classmethod
@@ -395,12 +432,19 @@ class RollingHistories:
         schema: Schema,
         partition: int = 0,
         track_new: bool = True,
+        exposures: ExposuresConfig | None = None,
     ) -> tuple[Self, int]:
         """Histories as they were, and the offset to go on from; features new to `schema` are absent in them.
 
         Raises SnapshotError for a damaged file, or one written with another configuration.
         """
-        histories = cls(config, features=len(schema.features), partition=partition, track_new=track_new)
+        histories = cls(
+            config,
+            features=len(schema.features),
+            partition=partition,
+            track_new=track_new,
+            exposures=exposures,
+        )
         with snapshots.opened(path) as (header, parts):
             expected = _identity(config, partition)
             if header["identity"] != expected:
@@ -428,6 +472,9 @@ class RollingHistories:
                 histories._windows.load(part)
                 histories._duplicates.accept(part["duplicate_keys"], part["duplicate_offsets"])
                 histories._names.update(zip(part["name_keys"].tolist(), part["names"], strict=True))
+                if histories._join is not None and "exposures" in header:
+                    open_ones = {name: part[f"exposure_{name}"] for name in KEPT}
+                    histories._join.load(header["exposures"], open_ones)
         return histories, histories._last_offset + 1
 
 

@@ -29,6 +29,7 @@ class Namespace(enum.IntEnum):
     USER = 1
     ITEM = 2
     EVENT = 3
+    EXPOSURE = 4
     FEATURE = 16
 
 

@@ -240,8 +240,7 @@ class Learner:
         )
 
     def _labels(self, batch: MicroBatch) -> torch.Tensor:
-        bits = batch.actions[batch.roles != Role.CONTEXT]
-        return torch.from_numpy((bits[:, None] >> np.arange(len(self.config.events.actions))) & 1 > 0)
+        return torch.from_numpy((batch.labels[:, None] >> np.arange(len(self.config.events.actions))) & 1 > 0)
 
     def _retrieval_loss(
         self,

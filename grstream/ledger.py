@@ -22,6 +22,10 @@ class Disposition(enum.IntEnum):
     TOMBSTONE = 3
     CONTROL = 4  # transaction markers, aborted records, and offsets that compaction removed
     LOST = 5  # gone from the log before they were read, and passed over by `source.on_gap: skip`
+    JOINED = 6  # a label, learned with the exposure that it names
+    CORRECTION = (
+        7  # a label whose exposure is not open; learned from by `events.exposures.late_labels: train`
+    )
 
 
 class OffsetRange(NamedTuple):

@@ -35,7 +35,11 @@ class MicroBatch:
     times: npt.NDArray[np.int64]  # (E,) milliseconds since 1970
     features: npt.NDArray[np.int64]  # (E, F) feature keys, ABSENT where the event carried none
     roles: npt.NDArray[np.uint8]  # (E,) Role
-    partitions: npt.NDArray[np.int32]  # (N,) of each new event, in the order of the sequences
+    labels: npt.NDArray[
+        np.int32
+    ]  # (N,) of each new event, in the order of the sequences: the actions to learn,
+    # those of its row unless it is an exposure, whose row says what was known when it was shown: nothing
+    partitions: npt.NDArray[np.int32]  # (N,)
     offsets: npt.NDArray[np.int64]  # (N,)
     ranges: tuple[OffsetRange, ...]  # the disposition of every offset that this batch settles
     item_names: dict[int, str]  # item key -> id, for string ids among the new events
@@ -57,6 +61,7 @@ class MicroBatch:
             times=np.empty(0, np.int64),
             features=np.empty((0, features), np.int64),
             roles=np.empty(0, np.uint8),
+            labels=np.empty(0, np.int32),
             partitions=np.empty(0, np.int32),
             offsets=np.empty(0, np.int64),
             ranges=ranges,
@@ -120,4 +125,7 @@ class MicroBatch:
         )
 
 
-_ARRAYS = ("users", "lengths", "items", "actions", "times", "features", "roles", "partitions", "offsets")
+_ARRAYS = (
+    *("users", "lengths", "items", "actions", "times", "features", "roles"),
+    *("labels", "partitions", "offsets"),
+)

@@ -97,7 +97,6 @@ class PartitionReader:
         position: int,
     ) -> None:
         self.partition, self.histories, self.position = partition, histories, position
-        self.unpacked = False  # whether the next micro-batch settles anything
         self._decoder = EventDecoder(config.events)
         # Sorted, disjoint, and between them gaps: what a search by start and stop answers.
         self._starts = np.array([start for start, _ in consumed], np.int64)
@@ -119,7 +118,6 @@ class PartitionReader:
         self.position = int(offsets[-1]) + 1
         fresh = self._fresh(decoded.batch.offsets)
         self.histories.append(decoded.batch, None if fresh.all() else fresh, decoded.tombstones)
-        self.unpacked |= bool(fresh.any())
         for offset in decoded.tombstones.offsets.tolist():
             self._settle(offset, offset + 1, Disposition.TOMBSTONE)
         letters = []
@@ -128,11 +126,6 @@ class PartitionReader:
                 row = int(np.searchsorted(offsets, rejected.offset))
                 letters.append((self.partition, rejected, values[row], keys[row]))
         return letters
-
-    def pack(self, read_ms: int) -> MicroBatch:
-        """What came since the last time."""
-        self.unpacked = False
-        return self.histories.pack(read_ms)
 
     def advance(self, position: int) -> None:
         """Settle what lies before the client's position and brought no record."""
@@ -164,7 +157,6 @@ class PartitionReader:
         left = self.unconsumed(start, stop)
         for a, b in left:
             self.histories.settle(OffsetRange(self.partition, a, b, disposition))
-        self.unpacked |= bool(left)
         return bool(left)
 
     def unconsumed(self, start: int, stop: int) -> list[tuple[int, int]]:
@@ -214,11 +206,11 @@ class LogReader:
                     self._find_bound(log)
                     heard = time.monotonic()
                 self._add_partitions(log)
-                if self._due():
+                while self._due():
                     yield self._flush()
                     if snapshots.due():
                         snapshots.write(self._states())
-            if self._pending_since is not None:
+            while self._pending_since is not None:
                 yield self._flush()
             snapshots.write(self._states())
 
@@ -293,7 +285,12 @@ class LogReader:
             histories, position = found
         else:
             features = len(self._config.events.features)
-            histories = RollingHistories(self._config.histories, features=features, partition=partition)
+            histories = RollingHistories(
+                self._config.histories,
+                features=features,
+                partition=partition,
+                exposures=self._config.events.exposures,
+            )
             position = log_start
             if consumed and log_start > consumed[0][0]:
                 logger.warning(
@@ -347,8 +344,7 @@ class LogReader:
                 letters += reader.take(records)
             reader.advance(position)
         self._deliver(letters)
-        if self._pending_since is None and any(reader.unpacked for reader in self._partitions.values()):
-            self._pending_since, self._read_ms = time.monotonic(), time.time_ns() // 1_000_000
+        self._note_pending()
         return moved
 
     def _fetch(
@@ -364,6 +360,10 @@ class LogReader:
             fetched = {}
         return {tp.partition: (fetched.get(tp, ()), log.position(tp)) for tp in log.assignment()}
 
+    def _note_pending(self) -> None:
+        if self._pending_since is None and any(r.histories.settles for r in self._partitions.values()):
+            self._pending_since, self._read_ms = time.monotonic(), time.time_ns() // 1_000_000
+
     def _new_events(self) -> int:
         return sum(reader.histories.pending for reader in self._partitions.values())
 
@@ -377,8 +377,15 @@ class LogReader:
         )
 
     def _flush(self) -> MicroBatch:
+        """A micro-batch; where windows of many exposures ended at once, the first of several."""
         self._pending_since = None
-        return joined([reader.pack(self._read_ms) for reader in self._partitions.values() if reader.unpacked])
+        parts: list[MicroBatch] = []
+        for reader in self._partitions.values():
+            room = self._config.source.flush_events - sum(part.new_events for part in parts)
+            if reader.histories.settles and (room or not parts):
+                parts.append(reader.histories.pack(self._read_ms, room))
+        self._note_pending()
+        return joined(parts)
 
     def _deliver(self, letters: list[Letter]) -> None:
         """Have dead letters acknowledged: their offsets must not count as settled before."""

@@ -63,6 +63,7 @@ class SnapshotFiles:
                     schema=self._schema,
                     partition=self._partition,
                     track_new=track_new,
+                    exposures=self._config.events.exposures,
                 )
             except (SnapshotError, FileNotFoundError) as error:
                 logger.warning("a snapshot is passed over: %s", error)

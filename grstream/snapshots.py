@@ -22,12 +22,9 @@ _ARRAYS = {
     "actions": pa.int32(),
     **dict.fromkeys(("duplicate_keys", "duplicate_offsets", "name_keys"), pa.int64()),
 }
-_SCHEMA = pa.schema(
-    [
-        *(pa.field(name, pa.large_list(kind)) for name, kind in _ARRAYS.items()),
-        pa.field("names", pa.large_list(pa.large_string())),
-        pa.field("checksum", pa.uint32()),
-    ]
+# Only in files whose header speaks of exposures, so that those of before they were joined can be read.
+_EXPOSURES = dict.fromkeys(
+    (f"exposure_{name}" for name in ("keys", "users", "offsets", "clocks", "ordinals")), pa.int64()
 )
 _HEADER = b"grstream.histories"
 
@@ -42,12 +39,13 @@ def write(path: pathlib.Path, header: Mapping[str, Any], parts: Iterable[Part]) 
     """Write a snapshot durably, replacing one of that name at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-    schema = _SCHEMA.with_metadata({_HEADER: json.dumps(header, sort_keys=True).encode()})
+    arrays = _arrays(header)
+    schema = _schema(arrays).with_metadata({_HEADER: json.dumps(header, sort_keys=True).encode()})
     try:
         with scratch.open("wb") as file:
             with pa.ipc.new_file(file, schema) as writer:
                 for part in parts:
-                    writer.write_batch(_to_batch(part, schema))
+                    writer.write_batch(_to_batch(part, arrays, schema))
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
@@ -66,32 +64,50 @@ def opened(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], Iterator[dict[s
     try:
         with pa.memory_map(str(path)) as file:
             reader = pa.ipc.open_file(file)
-            if not reader.schema.equals(_SCHEMA):
-                raise SnapshotError(f"{path} is no snapshot of histories: expected columns {_SCHEMA.names}")
             header = json.loads((reader.schema.metadata or {})[_HEADER])
-            yield header, (_from_batch(path, reader.get_batch(i)) for i in range(reader.num_record_batches))
+            arrays = _arrays(header)
+            if not reader.schema.equals(_schema(arrays)):
+                raise SnapshotError(f"{path} is no snapshot of histories: expected columns {[*arrays]}")
+            count = reader.num_record_batches
+            yield header, (_from_batch(path, reader.get_batch(i), arrays) for i in range(count))
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise SnapshotError(
             f"{path} cannot be read ({error}): delete it, so that an older snapshot or the log is used"
         ) from error
 
 
-def _to_batch(part: Part, schema: pa.Schema) -> pa.RecordBatch:
-    columns = [pa.array(part.get(name, []), kind) for name, kind in _ARRAYS.items()]
+def _arrays(header: Mapping[str, Any]) -> dict[str, pa.DataType]:
+    return _ARRAYS | (_EXPOSURES if "exposures" in header else {})
+
+
+def _schema(arrays: Mapping[str, pa.DataType]) -> pa.Schema:
+    return pa.schema(
+        [
+            *(pa.field(name, pa.large_list(kind)) for name, kind in arrays.items()),
+            pa.field("names", pa.large_list(pa.large_string())),
+            pa.field("checksum", pa.uint32()),
+        ]
+    )
+
+
+def _to_batch(part: Part, arrays: Mapping[str, pa.DataType], schema: pa.Schema) -> pa.RecordBatch:
+    columns = [pa.array(part.get(name, []), kind) for name, kind in arrays.items()]
     columns.append(pa.array(part.get("names", []), pa.large_string()))
     lists = [pa.LargeListArray.from_arrays(pa.array([0, len(c)], pa.int64()), c) for c in columns]
     checksum = pa.array([_checksum(columns)], pa.uint32())
     return pa.RecordBatch.from_arrays([*lists, checksum], schema=schema)
 
 
-def _from_batch(path: pathlib.Path, batch: pa.RecordBatch) -> dict[str, Any]:
+def _from_batch(
+    path: pathlib.Path, batch: pa.RecordBatch, arrays: Mapping[str, pa.DataType]
+) -> dict[str, Any]:
     batch.validate(full=True)
-    columns = [batch[field.name].flatten() for field in _SCHEMA if field.name != "checksum"]
+    columns = [batch[name].flatten() for name in (*arrays, "names")]
     if batch.num_rows != 1 or _checksum(columns) != batch["checksum"][0].as_py():
         raise SnapshotError(
             f"{path} is damaged: a checksum is wrong; delete it, so that an older one is used"
         )
-    part: dict[str, Any] = {name: column.to_numpy() for name, column in zip(_ARRAYS, columns, strict=False)}
+    part: dict[str, Any] = {name: column.to_numpy() for name, column in zip(arrays, columns, strict=False)}
     part["names"] = columns[-1].to_pylist()
     return part
 

@@ -147,7 +147,9 @@ class Trainer:
                 self._monitor.close()
 
     def _train(self, shard: Any) -> None:
-        while not (self._stopping or self._bound_reached()):
+        idle = False  # whether the last execution settled nothing
+        while not (self._stopping or self._bound_reached(idle)):
+            settled = self._settled()
             if self._leads:
                 self._board.set_position(self._ledger)
             feed = Feed(shard)
@@ -155,6 +157,7 @@ class Trainer:
                 self._consume(feed)
             finally:
                 feed.close()
+            idle = settled == self._settled()
         if self._gate.open:
             self._checkpoint(wait=True)
             self._publish(wait=True)
@@ -291,8 +294,12 @@ class Trainer:
     def _leads(self) -> bool:
         return self._ranks.rank == 0
 
-    def _bound_reached(self) -> bool:
-        reached = self._leads and self._until is not None and self._until.reached(self._config, self._ledger)
+    def _bound_reached(self, idle: bool) -> bool:
+        reached = False
+        if self._leads and self._until is not None:
+            reached = self._until.reached(self._config, self._ledger)
+            # What is left then waits for windows of exposures that end after the bound.
+            reached |= idle and self._config.events.exposures is not None and self._until.in_log(self._config)
         return self._ranks.gather(reached)[0]
 
     def _resume(self) -> Mark | None:

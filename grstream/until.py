@@ -76,6 +76,13 @@ class Until:
                 stops[partition] = segments.first_at(partition, self.time_ms)
         return stops
 
+    def in_log(self, config: Config) -> bool:
+        """Whether it is decided where to stop, and the log goes so far."""
+        ends = end_offsets(config)
+        with reaching(config.kafka), contextlib.closing(consumer(config.kafka)) as log:
+            stops = self.stops(log, config, list(ends))
+        return stops is not None and all(stop <= ends[p] for p, stop in stops.items())
+
     def reached(self, config: Config, ledger: Ledger) -> bool:
         """Whether everything before the end is in the ledger, or no longer in the log."""
         partitions = list(range(partition_count(config.kafka)))

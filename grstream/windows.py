@@ -196,7 +196,7 @@ class Windows:
         users.remove(slots)
 
     def _release(self, blocks: Blocks) -> None:
-        if self._pending:
+        if self._pending is not None:
             self._pending.hold(blocks)
         else:
             self.arena.release(blocks)
@@ -219,8 +219,7 @@ class Windows:
         if len(opening):
             opened, begin, at = users_of[opening], begin[opening], firsts[opening]
             heads = self.arena.follow(users.heads[opened], block_of(at) - block_of(begin))
-            offsets = batch.offsets[rows[pieces[opening]]]
-            sequences[opening] = pending.open(Sequences(users.table.keys(opened), opened, heads, at, offsets))
+            sequences[opening] = pending.open(Sequences(users.table.keys(opened), opened, heads, at))
         users.open[users_of] = sequences  # of a window that rolled on the way the last
         users.open_first[users_of] = firsts
         users.shared[slots] = np.maximum(users.shared[slots], numbers + 1)

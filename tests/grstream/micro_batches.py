@@ -24,6 +24,7 @@ def micro_batch(
         times=columns[:, 2],
         features=np.zeros((len(events), features), np.int64),
         roles=np.array(roles, np.uint8),
+        labels=columns[np.array(roles, np.uint8) != Role.CONTEXT, 1].astype(np.int32),
         partitions=np.zeros(count, np.int32),
         offsets=np.arange(first_offset, first_offset + count),
         ranges=(),

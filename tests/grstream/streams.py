@@ -29,10 +29,14 @@ def make_config(
 
 
 class Stream:
-    """Sends events of 50 users with poison, tombstones and repeated ids among them."""
+    """Sends events of 50 users with poison, tombstones and repeated ids among them.
 
-    def __init__(self, config: configs.Config) -> None:
+    With exposures, of 5 users, whose labels come in time or too late.
+    """
+
+    def __init__(self, config: configs.Config, exposures: bool = False) -> None:
         self.config = config
+        self._exposures = exposures
         self.sent = 0
         self._random = random.Random(0)
 
@@ -45,7 +49,7 @@ class Stream:
 
     def next(self) -> tuple[int, bytes | None]:
         """Another record's user and value."""
-        user = self._random.randrange(50)
+        user = self._random.randrange(5 if self._exposures else 50)
         value = self._value(user)
         self.sent += 1
         return user, value
@@ -78,4 +82,6 @@ class Stream:
         }
         if kind < 0.2:
             event["event_id"] = f"{self._random.randrange(100)}"
+        if self._exposures:
+            event["exposure_id"] = f"{(self.sent - self._random.choice([0, 0, 0, 100])) // 25}"
         return json.dumps(event).encode()

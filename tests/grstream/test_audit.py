@@ -10,6 +10,8 @@ from grstream.checkpoints import CheckpointStore, Record
 from grstream.journal import Journal
 from grstream.kafka import create_topic
 from grstream.ledger import Disposition, Ledger, OffsetRange
+from grstream.reader import LogReader
+from grstream.until import Until
 from tests.grstream.streams import Stream, make_config
 
 pytestmark = pytest.mark.kafka
@@ -103,3 +105,28 @@ def test_a_count_of_events_that_differs_from_the_ledger_is_found(
 ) -> None:
     checkpoint(config, truth, events=99)
     assert not audit(config).passed
+
+
+@pytest.mark.parametrize("late_labels", ["count", "train"])
+def test_the_audit_knows_what_is_to_become_of_exposures_and_their_labels(
+    tmp_path: pathlib.Path, kafka_bootstrap: str, late_labels: str
+) -> None:
+    exposures = {"window_ms": 60, "late_labels": late_labels, "max_open": 40}
+    events = {"actions": ["click", "like"], "exposures": exposures}
+    config = make_config(tmp_path, kafka_bootstrap, events=events)
+    create_topic(config.kafka, 1)
+    Stream(config, exposures=True).send(600)
+    read = LogReader(config, 0, Ledger(), Until.parse("now", config)).batches()
+    ranges = [r for batch in read for r in batch.ranges]
+    found = Ledger(ranges)
+    learned = found.count(TRAINED) + (late_labels == "train") * found.count(Disposition.CORRECTION)
+    checkpoint(config, ranges, events=learned)
+    assert audit(config).passed
+    assert found.count(Disposition.JOINED) > 20
+    assert found.count(Disposition.CORRECTION) > 20
+    (config.storage / "metrics" / "run.jsonl").unlink()
+    (config.storage / "checkpoints").rename(config.storage / "true")
+    at = next(i for i, r in enumerate(ranges) if r.disposition == Disposition.JOINED)
+    ranges[at] = ranges[at]._replace(disposition=Disposition.CORRECTION)
+    checkpoint(config, ranges)
+    assert (ranges[at].start, Disposition.CORRECTION, Disposition.JOINED) in audit(config).partitions[0].wrong

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grstream import columns
-from grstream.config import EventsConfig
+from grstream.config import EventsConfig, ExposuresConfig
 from grstream.events import ActionEvent, Decoded, EventDecoder, EventSchema, InvalidEvent
 from grstream.keys import ABSENT, INT64_MAX, INT64_MIN, Namespace, feature_namespace, key_of
 
@@ -40,10 +40,11 @@ def decode(
 def rows(decoded: Decoded) -> dict[int, tuple[Any, ...]]:
     """What a decoding says of each offset, in plain values."""
     b = decoded.batch
+    exposures = [None] * len(b) if b.exposures is None else b.exposures.tolist()
     said: dict[int, tuple[Any, ...]] = {
-        int(o): (int(u), int(i), int(a), int(t), tuple(f.tolist()), int(e), b.item_names.get(int(i)))
-        for o, u, i, a, t, f, e in zip(
-            b.offsets, b.users, b.items, b.actions, b.times, b.features, b.event_keys, strict=True
+        int(o): (int(u), int(i), int(a), int(t), tuple(f.tolist()), int(e), b.item_names.get(int(i)), x)
+        for o, u, i, a, t, f, e, x in zip(
+            b.offsets, b.users, b.items, b.actions, b.times, b.features, b.event_keys, exposures, strict=True
         )
     }
     said |= {r.offset: (r.reason, r.field) for r in decoded.rejected}
@@ -184,6 +185,22 @@ def test_an_event_survives_its_own_json() -> None:
     assert b"item_features" not in event.to_json()
 
 
+def test_an_exposure_id_is_an_unknown_field_unless_exposures_are_joined() -> None:
+    value = wire(GOOD | {"exposure_id": "x", "actions": []})
+    [refused] = decode([value]).rejected
+    assert (refused.field, "events.exposures" in refused.reason) == ("exposure_id", True)
+    for odd in ("x", 5, [1]):
+        ignored = decode([wire(GOOD | {"exposure_id": odd})], LENIENT)
+        assert (len(ignored.batch), ignored.batch.exposures) == (1, None)
+    joined = CONFIG.model_copy(update={"exposures": ExposuresConfig()})
+    again, other = wire(GOOD | {"exposure_id": "x"}), wire(GOOD | {"exposure_id": "x", "user_id": 8})
+    batch = decode([value, value, again, other, wire(GOOD)], joined).batch
+    shown, resent, label, of_other, plain = batch.exposures.tolist()  # type: ignore[union-attr]
+    assert shown == resent == label != of_other
+    assert plain == ABSENT
+    assert batch.event_keys.tolist() == [shown, shown, ABSENT, ABSENT, ABSENT]  # shown once, labelled often
+
+
 ids = st.one_of(
     st.integers(-5, 5),
     st.integers(INT64_MIN, INT64_MAX),
@@ -200,6 +217,7 @@ events = st.fixed_dictionaries(
     },
     optional={
         "event_id": st.one_of(st.none(), st.text(min_size=1, max_size=6)),
+        "exposure_id": st.one_of(st.none(), st.text(min_size=1, max_size=6)),
         "context": st.one_of(
             st.none(),
             st.fixed_dictionaries({}, optional={"country": ids, "lang": st.one_of(st.none(), ids)}),
@@ -241,7 +259,11 @@ mangled = st.one_of(
 batches = st.lists(st.one_of(dumped, dumped, dumped, mangled, st.none()), max_size=12)
 
 
-@pytest.mark.parametrize("config", [CONFIG, LENIENT], ids=["reject", "ignore"])
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, LENIENT, *(c.model_copy(update={"exposures": ExposuresConfig()}) for c in (CONFIG, LENIENT))],
+    ids=["reject", "ignore", "reject-exposures", "ignore-exposures"],
+)
 @given(values=batches, warm=batches)
 def test_a_record_decodes_the_same_alone_in_company_and_by_the_schema(
     config: EventsConfig, values: list[bytes | None], warm: list[bytes | None]
@@ -270,6 +292,11 @@ def test_a_record_decodes_the_same_alone_in_company_and_by_the_schema(
         occurrence = ABSENT
         if event.event_id is not None:
             occurrence = int(columns.event_keys(np.array([user]), [event.event_id])[0])
+        exposure = ABSENT
+        if event.exposure_id is not None:
+            exposure = int(columns.exposure_keys(np.array([user]), [event.exposure_id])[0])
+            if event.event_id is None and not event.actions:
+                occurrence = exposure
         expected[offset] = (
             user,
             key_of(Namespace.ITEM, event.item_id),
@@ -278,6 +305,7 @@ def test_a_record_decodes_the_same_alone_in_company_and_by_the_schema(
             tuple(schema.feature_keys(event)),
             occurrence,
             event.item_id if isinstance(event.item_id, str) else None,
+            exposure if config.exposures else None,
         )
     assert decoded(slow_at_most=1) == expected  # all that can go the fast way does
     assert decoded(slow_at_most=32) == expected

@@ -184,7 +184,7 @@ def _halves(batch: MicroBatch) -> tuple[MicroBatch, MicroBatch]:
     cut = (len(batch.users) + 1) // 2
     events = int(batch.lengths[:cut].sum())
     new = int((batch.roles[:events] != Role.CONTEXT).sum())
-    of_sequence, of_new = ("users", "lengths"), ("partitions", "offsets")
+    of_sequence, of_new = ("users", "lengths"), ("labels", "partitions", "offsets")
     of_event = ("items", "actions", "times", "features", "roles")
 
     def part(first: bool) -> MicroBatch:

@@ -14,7 +14,7 @@ from grstream import config as configs
 from grstream.dlrm import DLRMLearner
 from grstream.keys import ABSENT, feature_namespace, keys_of_ints
 from grstream.learner import Learner
-from grstream.microbatch import MicroBatch
+from grstream.microbatch import MicroBatch, Role
 from grstream.schema import Schema, SchemaChanged, placed
 from tests.grstream.micro_batches import random_batches
 
@@ -62,8 +62,14 @@ def stream(seed: int, count: int, of: Learner) -> list[MicroBatch]:
             for name in names
         ]
         bought = (batch.actions & 2) << 1 if "bought" in of.config.events.actions else 0
+        actions = batch.actions | bought
         out.append(
-            dataclasses.replace(batch, features=np.stack(columns, axis=1), actions=batch.actions | bought)
+            dataclasses.replace(
+                batch,
+                features=np.stack(columns, axis=1),
+                actions=actions,
+                labels=actions[batch.roles != Role.CONTEXT],
+            )
         )
     return out
 

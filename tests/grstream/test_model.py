@@ -28,6 +28,7 @@ def batch(lengths: list[int], roles: list[int]) -> MicroBatch:
         "times": np.arange(total, dtype=np.int64) * 1_000,
         "features": np.empty((total, 0), np.int64),
         "roles": np.array(roles, np.uint8),
+        "labels": np.zeros(new, np.int32),
         "partitions": np.zeros(new, np.int32),
         "offsets": np.arange(new, dtype=np.int64),
     }

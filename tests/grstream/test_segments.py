@@ -109,7 +109,7 @@ class Fold:
     histories: list[tuple[list[int], int, int]] = dataclasses.field(default_factory=list)
 
     def pack(self, reader: PartitionReader) -> None:
-        batch = reader.pack(0)
+        batch = reader.histories.pack()
         stops = np.cumsum(batch.lengths)
         starts = np.repeat(stops - batch.lengths, batch.lengths)
         for at, offset in zip(np.flatnonzero(batch.roles), batch.offsets.tolist(), strict=True):

@@ -119,10 +119,10 @@ def fold(
         if i in cuts or i == len(records) - 1:
             reader.take(piece)
             piece = []
-            if i in packs and reader.unpacked:
-                batches.append(reader.pack(0))
+            if i in packs and histories.settles:
+                batches.append(histories.pack())
     reader.advance(records[-1].offset + 3)
-    batches.append(reader.pack(0))
+    batches.append(histories.pack())
     return batches
 
 
@@ -286,6 +286,75 @@ def test_a_forgotten_user_is_gone_from_the_next_snapshot_and_for_a_resumed_reade
     assert behind(third)[0, 40] == [key_of(Namespace.ITEM, 77)]
 
 
+def exposed(config: configs.Config, **exposures: Any) -> configs.Config:
+    joined = configs.ExposuresConfig(window_ms=1000, **exposures)
+    return config.model_copy(update={"events": config.events.model_copy(update={"exposures": joined})})
+
+
+def shown(user: int, item: int, exposure: str, at: int) -> tuple[int, bytes]:
+    return user, event(user, item, at, actions=[], exposure_id=exposure)
+
+
+def labels(batches: list[MicroBatch]) -> dict[int, int]:
+    return {int(o): int(n) for b in batches for o, n in zip(b.offsets, b.labels, strict=True)}
+
+
+def test_an_exposure_is_learned_when_its_window_ends_and_a_resumed_reader_joins_it_all_the_same(
+    config: configs.Config,
+) -> None:
+    config = exposed(config)
+    create_topic(config.kafka, 1)
+    clicked, liked, both = 1, 2, 3
+    send(config, [shown(1, 10, "x", 100), (1, event(1, 10, 300, exposure_id="x")), shown(2, 20, "y", 400)])
+    send(config, [(1, event(1, 10, 900, actions=["like"], exposure_id="x")), (3, event(3, 30, 1450))])
+    send(config, [(1, event(1, 10, 1450, exposure_id="x")), shown(1, 11, "z", 1460)])
+    send(config, [(1, event(1, 11, 1470, actions=["like"], exposure_id="z")), (2, event(2, 21, 1480))])
+    first = read(config)
+    settled = ledger_of(first)
+    assert {o: d for _, a, b, d in settled for o in range(a, b)} == {
+        0: Disposition.TRAINED,
+        1: Disposition.JOINED,
+        2: Disposition.TRAINED,
+        3: Disposition.JOINED,
+        4: Disposition.TRAINED,
+        5: Disposition.CORRECTION,  # the event before it ended the window
+    }
+    assert labels(first) == {0: both, 2: 0, 4: clicked}
+    assert read(config, settled) == [], "what waits is not settled by waiting"
+    send(config, [(9, event(9, 90, 2461))])
+    second = read(config, settled)
+    assert labels(second) == {6: liked, 8: clicked, 9: clicked}
+    assert ledger_of([*first, *second]).watermark(0) == 10
+    items = {
+        o: [key_of(Namespace.ITEM, i) for i in held] for o, held in {0: [10], 6: [10] * 4 + [11]}.items()
+    }
+    stood = behind([*first, *second])
+    assert {o: stood[0, o] for o in items} == items, "an impression and its labels are events of the history"
+
+
+def test_late_labels_are_learned_from_where_the_configuration_says_so(config: configs.Config) -> None:
+    config = exposed(config, late_labels="train")
+    create_topic(config.kafka, 1)
+    send(config, [(1, event(1, 10, 900, exposure_id="x")), (1, event(1, 11, 901))])
+    batches = read(config)
+    assert labels(batches) == {0: 1, 1: 1}
+    assert ledger_of(batches).count(Disposition.CORRECTION) == 1
+
+
+def test_windows_of_many_that_end_at_once_make_micro_batches_of_the_usual_size(
+    config: configs.Config,
+) -> None:
+    config = exposed(config).model_copy(
+        update={"source": config.source.model_copy(update={"flush_events": 8, "flush_ms": 60_000})}
+    )
+    create_topic(config.kafka, 1)
+    send(config, [shown(i % 3, i, f"{i}", i) for i in range(100)])
+    send(config, [(1, event(1, 500, 5000))])
+    batches = read(config)
+    assert [batch.new_events for batch in batches] == [8] * 12 + [5]
+    assert ledger_of(batches).watermark(0) == 101
+
+
 def test_a_record_without_a_value_that_names_no_user_is_a_dead_letter(config: configs.Config) -> None:
     create_topic(config.kafka, 1)
     with contextlib.closing(producer(config.kafka)) as out:
@@ -445,7 +514,7 @@ def test_what_was_lost_is_just_what_was_not_consumed_before_the_log_s_start(
     histories = RollingHistories(config.histories, features=0, partition=0)
     reader = PartitionReader(config, 0, consumed.consumed(0), histories, min(before, default=0))
     lost = reader.lose(min(before, default=0), log_start)
-    settled = {o for r in reader.pack(0).ranges for o in range(r.start, r.stop)}
+    settled = {o for r in histories.pack().ranges for o in range(r.start, r.stop)}
     assert settled == set(range(min(before, default=0), log_start)) - before
     assert len(settled) == lost
 
@@ -472,7 +541,7 @@ def test_what_a_reader_has_read_itself_is_not_lost_when_the_log_then_begins_late
     log._partitions[0] = reader
     log._pass_over_gaps(LogBeginningAt20(), kafka.errors.OffsetOutOfRangeError())
     assert reader.position == 20
-    settled = ledger_of([reader.pack(0)])  # nothing twice
+    settled = ledger_of([reader.histories.pack()])  # nothing twice
     assert settled.consumed(0) == [(3, 12), (14, 20)]
     assert settled.count(Disposition.LOST) == 12
 

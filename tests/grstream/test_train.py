@@ -116,6 +116,25 @@ def test_a_run_ends_with_a_checkpoint_of_all_it_settled(config: configs.Config) 
     assert found.record.step == 6
 
 
+class Logged(Bound):
+    """The log goes beyond the bound."""
+
+    def in_log(self, config: configs.Config) -> bool:
+        return True
+
+
+def test_a_bounded_run_ends_where_only_open_exposures_are_left(config: configs.Config) -> None:
+    joined = config.events.model_copy(update={"exposures": configs.ExposuresConfig()})
+    config, stream = config.model_copy(update={"events": joined}), batches(6)
+    beyond = Logged(offsets={0: stream[-1].ranges[0].stop + 1})
+    executions = Shard([[GREETING, *stream[:3]], [GREETING, *stream[3:]], [GREETING], [GREETING]])
+    Trainer(config, Ranks(), QuietBoard(), beyond).run(executions)
+    found = CheckpointStore(config.storage / "checkpoints").newest()
+    assert found is not None
+    assert found.record.events == sum(b.new_events for b in stream)
+    assert len(executions.executions) == 1, "one execution found nothing to settle"
+
+
 def test_a_run_publishes_at_its_start_and_its_end_with_positions(config: configs.Config) -> None:
     stream = batches(6)
     run(config, stream)
@@ -420,7 +439,8 @@ class TestJob:
         found = audit(config)
         assert found.passed
         assert sum(final.settled.values()) == job.sent
-        assert all(found.count(d) for d in Disposition if d not in (Disposition.CONTROL, Disposition.LOST))
+        elsewhere = {Disposition.CONTROL, Disposition.LOST, Disposition.JOINED, Disposition.CORRECTION}
+        assert all(found.count(d) for d in set(Disposition) - elsewhere)
         assert final.version == max(WeightStore(config.storage / "weights").numbers())
 
     def test_a_lone_event_is_learned_from_at_once_and_a_stop_saves_it(
