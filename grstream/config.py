@@ -374,8 +374,9 @@ class Config(Section):
     forget_within_s: float = pydantic.Field(
         86_400,
         gt=0,
-        description="while a trainer runs, no snapshot holds a user for longer than this after the user's "
-        "tombstone was read; at least 2 source.recycle_s + train.checkpoint_every_s + the exposures' window",
+        description="while a trainer runs, no snapshot and no segment of a backfill holds a user for longer "
+        "than this after the user's tombstone was read; at least 2 source.recycle_s + "
+        "train.checkpoint_every_s + the exposures' window",
     )
     kafka: KafkaConfig = KafkaConfig()
     events: EventsConfig

@@ -95,8 +95,10 @@ class PartitionReader:
         consumed: Sequence[tuple[int, int]],
         histories: RollingHistories,
         position: int,
+        segments: Segments | None = None,
     ) -> None:
         self.partition, self.histories, self.position = partition, histories, position
+        self._segments = segments
         self._decoder = EventDecoder(config.events)
         # Sorted, disjoint, and between them gaps: what a search by start and stop answers.
         self._starts = np.array([start for start, _ in consumed], np.int64)
@@ -118,6 +120,8 @@ class PartitionReader:
         self.position = int(offsets[-1]) + 1
         fresh = self._fresh(decoded.batch.offsets)
         self.histories.append(decoded.batch, None if fresh.all() else fresh, decoded.tombstones)
+        if self._segments and self._fresh(decoded.tombstones.offsets).any():
+            self._segments.note(self.partition, decoded.tombstones)  # before a ledger says that it was read
         for offset in decoded.tombstones.offsets.tolist():
             self._settle(offset, offset + 1, Disposition.TOMBSTONE)
         letters = []
@@ -213,6 +217,7 @@ class LogReader:
             while self._pending_since is not None:
                 yield self._flush()
             snapshots.write(self._states())
+            self._forget_earlier()
 
     # -- beginning ----------------------------------------------------------------------------------------
 
@@ -299,7 +304,7 @@ class LogReader:
                     *(partition, watermark, log_start, log_start - consumed[0][0]),
                 )
         logger.info("partition %d: histories from %d, emitting from %d", partition, position, watermark)
-        reader = PartitionReader(self._config, partition, consumed, histories, position)
+        reader = PartitionReader(self._config, partition, consumed, histories, position, self._segments)
         if log_start > watermark:
             self._lose(reader, consumed[0][0], log_start)
         return reader
@@ -386,6 +391,15 @@ class LogReader:
                 parts.append(reader.histories.pack(self._read_ms, room))
         self._note_pending()
         return joined(parts)
+
+    def _forget_earlier(self) -> None:
+        """Rid the segments of forgotten users, seldom: files are read whole for it. By one reader alone."""
+        if self._segments is None or self._reader != 0:
+            return
+        # At the end of an execution, and the next one's may be too late.
+        due = self._segments.noted_at() + self._config.forget_within_s / 2 - self._config.source.recycle_s
+        if time.time() >= due:
+            logger.info("%d records of forgotten users are deleted from segments", self._segments.forget())
 
     def _deliver(self, letters: list[Letter]) -> None:
         """Have dead letters acknowledged: their offsets must not count as settled before."""

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import secrets
@@ -30,12 +31,14 @@ import pydantic
 
 from grstream.config import Config
 from grstream.directories import sync
+from grstream.events import Tombstones
 from grstream.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of a backfill's files; a reader refuses another
 MANIFEST, CLAIM, REJECTED = "manifest.json", "claimed", "rejected-*.parquet"
+NOTES = "forget-*.json"  # of tombstones that were read: [partition, [[user key, offset], ...]]
 SCHEMA = pa.schema(
     [
         pa.field("offset", pa.int64(), nullable=False),
@@ -197,13 +200,66 @@ class Segments:
                 return int(table["offset"][int(late[0])].as_py())
         return held.seam
 
-    def forget(self, users: Collection[int]) -> int:
-        """Delete the events of these users, by user key, and their rejected rows; how many events that is.
+    def note(self, partition: int, tombstones: Tombstones) -> None:
+        """Have `forget` delete what these tombstones of a partition's log forget; durable when it returns."""
+        name = f"forget-p{partition:05d}-o{int(tombstones.offsets[0]):d}.json"
+        pairs = list(zip(tombstones.users.tolist(), tombstones.offsets.tolist(), strict=True))
+        _replace(self.path / name, lambda scratch: scratch.write_text(json.dumps([partition, pairs])))
 
-        Their offsets become such as hold no record. A file is written anew beside the old one, then the
-        manifest, then the old ones go: whoever reads meanwhile reads one or the other. Not to be called by
-        two at once.
+    def noted_at(self) -> float:
+        """When the oldest note was written, in seconds since 1970; infinity without one."""
+        return min((path.stat().st_mtime for path in self.path.glob(NOTES)), default=math.inf)
+
+    def forget(self) -> int:
+        """Delete of the users of noted tombstones what stands before them; how many records that is.
+
+        Their offsets become such as hold no record. Rejected rows, which have no place in the log, go
+        whenever they are. A file is written anew beside the old one, then the manifest, then the old ones
+        go: whoever reads meanwhile reads one or the other, and after a crash the next call does the rest. Not
+        to be called by two at once.
         """
+        notes = sorted(self.path.glob(NOTES))
+        if not notes:
+            return 0
+        ends: dict[int, dict[int, int]] = collections.defaultdict(dict)  # partition -> user -> offset
+        for path in notes:
+            partition, pairs = json.loads(path.read_text())
+            for user, offset in pairs:
+                ends[partition][user] = max(offset, ends[partition].get(user, offset))
+        self.manifest = self._load()
+        self._forget_rejected({user for users in ends.values() for user in users})
+        count = 0
+        partitions = dict(self.manifest.partitions)
+        for number in ends.keys() & partitions.keys():
+            files = []
+            for segment in partitions[number].files:
+                gone = self._gone(segment, ends[number])
+                if gone.any():
+                    count += int(gone.sum())
+                    segment = self._without(segment, pa.array(gone))
+                files.append(segment)
+            partitions[number] = partitions[number].model_copy(update={"files": files})
+        if count:
+            self.manifest = self.manifest.model_copy(update={"partitions": partitions})
+            write_manifest(self.path, self.manifest)
+        named = {segment.file for held in partitions.values() for segment in held.files}
+        for path in self.path.glob("p*.parquet"):
+            if path.name not in named:
+                path.unlink()
+        for path in notes:
+            path.unlink()
+        return count
+
+    def _gone(self, segment: Segment, ends: Mapping[int, int]) -> npt.NDArray[np.bool_]:
+        """Which records of a segment are of a user and before the offset that the user is forgotten at."""
+        users, before = (np.array(column, np.int64) for column in zip(*sorted(ends.items()), strict=True))
+        with self._opened(segment) as file:
+            table = file.read(["user", "offset"])
+        at = pc.index_in(table["user"], pa.array(users)).fill_null(-1).to_numpy()
+        gone: npt.NDArray[np.bool_] = (at >= 0) & (table["offset"].to_numpy() < before[at])
+        return gone
+
+    def _forget_rejected(self, users: Collection[int]) -> None:
         keys = pa.array(sorted(users), pa.int64())
         for path in sorted(self.path.glob(REJECTED)):
             table = pyarrow.parquet.read_table(path)
@@ -215,28 +271,10 @@ class Segments:
                         t.filter(pc.invert(g)), scratch
                     ),
                 )
-        count, old = 0, []
-        partitions = {}
-        for number, held in self.manifest.partitions.items():
-            files = []
-            for segment in held.files:
-                with self._opened(segment) as file:
-                    gone = pc.is_in(file.read(["user"])["user"], keys)
-                    found = int(pc.sum(gone).as_py() or 0)
-                    if found:
-                        old.append(segment.file)
-                        segment = self._without(segment, file.read(), gone)
-                count += found
-                files.append(segment)
-            partitions[number] = held.model_copy(update={"files": files})
-        if count:
-            self.manifest = self.manifest.model_copy(update={"partitions": partitions})
-            write_manifest(self.path, self.manifest)
-            for name in old:
-                (self.path / name).unlink(missing_ok=True)
-        return count
 
-    def _without(self, segment: Segment, table: pa.Table, gone: pa.ChunkedArray) -> Segment:
+    def _without(self, segment: Segment, gone: pa.BooleanArray) -> Segment:
+        with self._opened(segment) as file:
+            table = file.read()
         columns = {
             "offset": table["offset"],
             "timestamp_ms": table["timestamp_ms"],

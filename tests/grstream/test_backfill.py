@@ -19,7 +19,7 @@ from grstream import config as configs
 from grstream.audit import audit
 from grstream.backfill import BackfillRefused, backfill
 from grstream.datasets import DatasetError
-from grstream.events import ActionEvent
+from grstream.events import ActionEvent, Tombstones
 from grstream.kafka import create_topic, partition_of, producer
 from grstream.keys import Id, Namespace, key_of, partition_key
 from grstream.ledger import Disposition
@@ -213,7 +213,9 @@ class TestALake:
         copy = config.model_copy(update={"storage": tmp_path / "copy"})
         shutil.copytree(config.storage, copy.storage)
         segments = Segments(directory(copy))
-        assert segments.forget({key_of(Namespace.USER, "ann")}) > 0
+        for partition, held in segments.manifest.partitions.items():
+            segments.note(partition, Tombstones.of([(held.seam, key_of(Namespace.USER, "ann"))]))
+        assert segments.forget() > 0
         assert audit(copy).passed  # what was trained on before it was forgotten
         files = segments.manifest.partitions[0].files
         rows = pa.parquet.read_table(segments.path / files[0].file)

@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import json
+import math
+import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from grstream import config as configs
-from grstream.events import EventDecoder
+from grstream.events import EventDecoder, Tombstones
 from grstream.histories import RollingHistories
 from grstream.keys import Namespace, key_of
 from grstream.ledger import Disposition, Ledger, OffsetRange
@@ -78,7 +80,9 @@ def write(
     counts = dict.fromkeys(("rows", "records", "rejected", "left_out", "repeated", "holes"), 0)
     write_manifest(
         path,
-        Manifest(topic="actions", source="test", created_ms=0, before_ms=None, partitions=held, **counts),
+        Manifest(
+            topic=config.kafka.topic, source="test", created_ms=0, before_ms=None, partitions=held, **counts
+        ),
     )
     return Segments(path)
 
@@ -134,7 +138,8 @@ def fold(
     start = min(records[0].offset, seam) if at is None else at
     restored = None if at is None else SnapshotFiles(config, 0).restore(at, at)
     histories = restored[0] if restored else RollingHistories(config.histories, features=0)
-    reader = PartitionReader(config, 0, consumed.consumed(0) if consumed else [], histories, start)
+    held = consumed.consumed(0) if consumed else []
+    reader = PartitionReader(config, 0, held, histories, start, segments)
     if segments:
         earlier = SegmentLog(segments, {0: start})
         while earlier:
@@ -307,35 +312,90 @@ def test_training_that_began_without_segments_does_not_take_them_up(tmp_path: pa
 # -- forgetting -------------------------------------------------------------------------------------------
 
 
+def forget(segments: Segments, users: Sequence[int], partition: int = 0, at: int = 10**6) -> int:
+    """Forget these users by tombstones at and behind an offset."""
+    keys = [key_of(Namespace.USER, user) for user in users]
+    segments.note(partition, Tombstones.of([(at + i, key) for i, key in enumerate(keys)]))
+    return segments.forget()
+
+
 def test_forgotten_users_leave_their_offsets_and_nothing_else(tmp_path: pathlib.Path) -> None:
     config = config_in(tmp_path)
     records = [*plain(0, -12, 11), Record(-1, START_MS, None, b"poison")]
     segments = write(config, {0: (records, 0), 1: (plain(1, 0, 2), 2)})
-    keys = {key_of(Namespace.USER, user) for user in (0, 77)}
     before = set(segments.path.iterdir())
     reading = segments.records(0, -12)
     first = next(reading)
-    assert Segments.of(config).forget(keys) == 5  # type: ignore[union-attr]
+    assert forget(Segments(segments.path), (0, 77)) == 4
     after = [*first, *(r for part in reading for r in part)]  # who read meanwhile reads on
     assert {-11, -10, -1} <= {r.offset for r in after} <= set(range(-12, 0))
-    again = Segments.of(config)
-    assert again is not None
+    again = Segments(segments.path)
     kept = [r for part in again.records(0, -12) for r in part]
     gone = again.forgotten(0).tolist()
     assert gone == [-12, -9, -6, -3]
     assert kept == [r for r in records if r.offset not in gone]
     assert len(set(again.path.iterdir())) == len(before)
-    assert again.forget(keys) == 0
-    assert [r for part in again.records(1, 0) for r in part] == plain(1, 0, 2)[1:]
+    assert forget(again, (0, 77)) == 0
+    assert [r for part in again.records(1, 0) for r in part] == plain(1, 0, 2), "the log of another partition"
     found = fold(config, records, 0, again)
     assert {found.ends[o] for o in gone} == {Disposition.CONTROL}
     assert found.histories[0] == ([], 0, 0)
 
 
+def test_what_a_user_did_after_a_tombstone_stays(tmp_path: pathlib.Path) -> None:
+    """In a dump tombstones stand among the events."""
+    segments = write(config_in(tmp_path), {0: (plain(0, 0, 12), 12)})
+    key = key_of(Namespace.USER, 0)
+    for at in (7, 2, 5):
+        segments.note(0, Tombstones.of([(at, key)]))
+    assert Segments(segments.path).forget() == 3
+    assert segments.noted_at() == math.inf
+    assert Segments(segments.path).forgotten(0).tolist() == [0, 3, 6]
+
+
+def test_what_a_crash_left_of_forgotten_users_goes_with_the_next_call(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments = write(config_in(tmp_path), {0: (plain(0, 0, 12), 12)})
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def crash_at_segments(path: pathlib.Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".parquet":
+            raise KeyboardInterrupt
+        if path.exists() or not missing_ok:
+            os.unlink(path)
+
+    for step, crashes in (("write_manifest", crash), ("pathlib.Path.unlink", crash_at_segments)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"grstream.segments.{step}", crashes)
+            with pytest.raises(KeyboardInterrupt):
+                forget(Segments(segments.path), (0,))
+    assert Segments(segments.path).forget() == 0, "the manifest was written"
+    named = {segment.file for segment in Segments(segments.path).manifest.partitions[0].files}
+    assert {path.name for path in segments.path.iterdir()} == {*named, "manifest.json"}
+    assert Segments(segments.path).forgotten(0).tolist() == [0, 3, 6, 9]
+
+
+def test_a_reader_notes_the_tombstones_that_were_not_read_before(tmp_path: pathlib.Path) -> None:
+    config = config_in(tmp_path)
+    segments = write(config, {0: (plain(0, -12, 12), 0)})
+    records = [Record(o, START_MS, str(o % 2).encode(), None) for o in range(4)]
+    fold(
+        config, records, 0, consumed=Ledger([OffsetRange(0, 0, 4, Disposition.TOMBSTONE)]), segments=segments
+    )
+    assert segments.noted_at() == math.inf
+    fold(config, records, 0, segments=segments)
+    assert segments.noted_at() > 0
+    assert segments.forget() == 8
+    assert segments.forgotten(0).tolist() == [o for o in range(-12, 0) if (o + 12) % 3 != 2]
+
+
 def test_rejected_rows_of_forgotten_users_go_too(tmp_path: pathlib.Path) -> None:
     segments = write(config_in(tmp_path), {0: ([], 0)})
     path = segments.path / "rejected-000000000000000.parquet"
-    users = pa.array([1, None, 2, 1], pa.int64())
+    users = pa.array([key_of(Namespace.USER, 1), None, 2, key_of(Namespace.USER, 1)], pa.int64())
     pa.parquet.write_table(pa.table({"user": users, "row": [1, 2, 3, 4]}), path)
-    assert segments.forget({1}) == 0
+    assert forget(segments, (1,)) == 0
     assert pa.parquet.read_table(path)["row"].to_pylist() == [2, 3]

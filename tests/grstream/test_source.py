@@ -20,7 +20,7 @@ import kafka.errors
 import numpy as np
 import pytest
 
-from grstream import checkpoints
+from grstream import checkpoints, segments
 from grstream import config as configs
 from grstream.histories import RollingHistories
 from grstream.kafka import TopicMissing, create_topic, partition_count, producer
@@ -30,6 +30,7 @@ from grstream.microbatch import MicroBatch, Role
 from grstream.reader import LogReader, LogTruncated, OffsetGap, PartitionReader
 from grstream.snapshot_files import SnapshotFiles
 from grstream.until import Until, end_offsets
+from tests.grstream.test_segments import write as write_segments
 
 pytestmark = pytest.mark.kafka
 
@@ -353,6 +354,23 @@ def test_windows_of_many_that_end_at_once_make_micro_batches_of_the_usual_size(
     batches = read(config)
     assert [batch.new_events for batch in batches] == [8] * 12 + [5]
     assert ledger_of(batches).watermark(0) == 101
+
+
+def test_a_tombstone_in_the_topic_reaches_the_segments_before_it(config: configs.Config) -> None:
+    create_topic(config.kafka, 1)
+    earlier = [
+        segments.Record(o, 1_700_000_000_000, None, event(o % 3, o, 1_700_000_000_000)) for o in range(-9, 0)
+    ]
+    write_segments(config, {0: (earlier, 0)})
+    send(config, [(1, None), (1, event(1, 1, 1_700_000_000_001))])
+    in_time = config.model_copy(update={"forget_within_s": 2 * config.source.recycle_s})
+    first = read(config)
+    assert len(segments.Segments(segments.directory(config)).forgotten(0)) == 0, "seldom"
+    rest = read(in_time, ledger_of(first))
+    assert segments.Segments(segments.directory(config)).forgotten(0).tolist() == [-8, -5, -2]
+    assert [len(items) for items in behind(first).values()][-1] == 1
+    assert not rest
+    assert [r.stop for batch in read(in_time) for r in batch.ranges][-1] == 2, "what is left is read"
 
 
 def test_a_record_without_a_value_that_names_no_user_is_a_dead_letter(config: configs.Config) -> None:
