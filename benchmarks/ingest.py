@@ -15,6 +15,7 @@ in all cases. `reader_shares` is where a reader's own thread spends its time, un
 import argparse
 import contextlib
 import cProfile
+import gc
 import json
 import os
 import pathlib
@@ -38,7 +39,7 @@ from grstream.histories import RollingHistories
 from grstream.kafka import consumer, create_topic, producer
 from grstream.ledger import Disposition, Ledger
 from grstream.microbatch import MicroBatch
-from grstream.reader import LogReader
+from grstream.reader import LogReader, collect_seldom
 from grstream.source import actions
 from grstream.train import train
 from grstream.until import Until, end_offsets
@@ -99,6 +100,16 @@ def read_raw(config: configs.Config, count: int) -> float:
 def read_decoding(config: configs.Config, count: int) -> float:
     """Events per second of a consumer that decodes and folds into histories that keep no events."""
     config = config.model_copy(update={"histories": configs.HistoriesConfig(window=0)})
+    thresholds = gc.get_threshold()
+    collect_seldom()
+    try:
+        return _read_decoding(config, count)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+
+
+def _read_decoding(config: configs.Config, count: int) -> float:
     decoder = EventDecoder(config.events)
     histories = RollingHistories(
         config.histories, features=len(config.events.features), partition=0, track_new=False

@@ -16,6 +16,7 @@ read from its start by the reader whose it is.
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +53,7 @@ Letter = tuple[int, Rejected, bytes | None, bytes | None]
 
 REPLAY_RECORDS = 5000  # a fetch's records while nothing is emitted
 RETRY_S = 1.0  # between attempts to reach a broker that went away
+COLLECT_OBJECTS = 100_000  # more came into being than went: several polls' worth
 QUIET_S = 5.0  # nothing came for so long: ask the broker whether it is there, and whether the bound has come
 
 
@@ -175,6 +177,17 @@ class PartitionReader:
         if start < stop:
             left.append((start, stop))
         return left
+
+
+def collect_seldom() -> None:
+    """Make the collector of cycles suit a process that does nothing but read.
+
+    Records are many small objects without cycles, which die when they are decoded. By Python's defaults each
+    700 of them cost a collection, and some of those a walk through all that Ray and PyArrow hold: a third of
+    the client's time.
+    """
+    gc.freeze()
+    gc.set_threshold(COLLECT_OBJECTS)
 
 
 class LogReader:

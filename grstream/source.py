@@ -14,7 +14,6 @@ Ray 2.60 is given its settings here, each of them a trap otherwise:
 """
 
 import functools
-import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ from ray.util.annotations import RayDeprecationWarning
 from grstream.config import Config
 from grstream.ledger import Ledger
 from grstream.microbatch import MicroBatch
-from grstream.reader import LogReader
+from grstream.reader import LogReader, collect_seldom
 from grstream.until import Until
 
 
@@ -89,7 +88,7 @@ class ActionSource(Datasource):
 
 def _read(config: Config, reader: int, position: Ledger, until: Until | None) -> Iterator[pa.Table]:
     logging.getLogger("kafka").setLevel(logging.WARNING)  # it tells of every connection
-    gc.freeze()  # records are many small objects: collecting them must not mean walking through all of Ray's
+    collect_seldom()
     yield MicroBatch.empty(len(config.events.features)).to_block()
     for batch in LogReader(config, reader, position, until).batches():
         yield batch.to_block()
