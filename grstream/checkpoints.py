@@ -1,7 +1,8 @@
 """Checkpoints: what a trainer has learned and which offsets it learned it from, in one atomic directory.
 
 A checkpoint `c0000000042` of a `CheckpointStore` holds the learner's own files, the ledger as Arrow IPC and
-`checkpoint.json`, which names every file with its SHA-256. Numbers form one chain: a trainer that resumes
+`checkpoint.json`, which names every file with its SHA-256. Of several ranks each writes its own files, as a
+part that rank 0 moves into the checkpoint. Numbers form one chain: a trainer that resumes
 takes the number after the newest at once, and if that is taken by the time it writes, another trainer has
 gone on from the same place and it must start again (law 4: no two may continue one history).
 """
@@ -19,12 +20,14 @@ from collections.abc import Callable
 import pyarrow as pa
 import pydantic
 
-from grstream.directories import DirectoryExists, appearing, disappear, sweep
+from grstream.directories import SCRATCH, DirectoryExists, appearing, disappear, sweep
 from grstream.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of a checkpoint's files; a reader refuses another
+PARTS_WAIT_S = 600.0  # a part that has not come by then will not
+_LOOK_S = 0.02  # how often it is looked for
 RECORD, LEDGER = "checkpoint.json", "ledger.arrow"
 _NAME = re.compile(r"c(\d{10})")
 
@@ -42,6 +45,17 @@ class CorruptCheckpoint(CheckpointError):
 
     def __str__(self) -> str:
         return f"checkpoint {self.number} is corrupt: {self.file} {self.problem}"
+
+
+class PartMissing(CheckpointError):
+    """Another rank has not written its part of a checkpoint."""
+
+    def __init__(self, number: int, rank: int, waited_s: float) -> None:
+        super().__init__(number, rank, waited_s)
+        self.number, self.rank, self.waited_s = number, rank, waited_s
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} did not write its part of checkpoint {self.number} in {self.waited_s:g} s"
 
 
 class CheckpointConflict(CheckpointError):
@@ -87,10 +101,18 @@ class CheckpointStore:
             return []
         return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
 
-    def write(self, record: Record, ledger: Ledger, save: Callable[[pathlib.Path], None]) -> Checkpoint:
+    def write_part(self, number: int, run: str, rank: int, save: Callable[[pathlib.Path], None]) -> None:
+        """Make a rank's files durable, for rank 0 of the same run, who writes the checkpoint."""
+        with appearing(self._part(number, run, rank)) as scratch:
+            save(scratch)
+
+    def write(
+        self, record: Record, ledger: Ledger, save: Callable[[pathlib.Path], None], ranks: int = 1
+    ) -> Checkpoint:
         """Make a checkpoint durable and then visible. `save` writes the learner's files into a directory.
 
-        Raises CheckpointConflict where the record's number is not above all those of the store.
+        The files of ranks but 0 are waited for. Raises CheckpointConflict where the record's number is not
+        above all those of the store, and PartMissing.
         """
         newest = max(self.numbers(), default=0)
         if record.number <= newest:
@@ -102,6 +124,8 @@ class CheckpointStore:
         try:
             with appearing(target) as scratch:
                 save(scratch)
+                for rank in range(1, ranks):
+                    self._take_part(record, rank, scratch)
                 with pa.OSFile(str(scratch / LEDGER), "wb") as sink:
                     table = ledger.to_table()
                     with pa.ipc.new_file(sink, table.schema) as writer:
@@ -169,6 +193,20 @@ class CheckpointStore:
 
     def _path(self, number: int) -> pathlib.Path:
         return self._directory / f"c{number:010d}"
+
+    def _part(self, number: int, run: str, rank: int) -> pathlib.Path:
+        # Swept, if nobody ever takes it.
+        return self._directory / f"{SCRATCH}c{number:010d}-{run}-part-{rank}"
+
+    def _take_part(self, record: Record, rank: int, into: pathlib.Path) -> None:
+        part, deadline = self._part(record.number, record.run, rank), time.monotonic() + PARTS_WAIT_S
+        while not part.is_dir():
+            if time.monotonic() > deadline:
+                raise PartMissing(record.number, rank, PARTS_WAIT_S)
+            time.sleep(_LOOK_S)
+        for file in part.iterdir():
+            file.rename(into / file.name)
+        part.rmdir()
 
 
 def _read_ledger(directory: pathlib.Path) -> Ledger:

@@ -184,12 +184,27 @@ class TrainConfig(Section):
     bias_learning_rate: float = pydantic.Field(
         1e-2, gt=0, description="AdamW, tables of relative position and time"
     )
-    row_learning_rate: float = pydantic.Field(0.05, gt=0, description="rowwise Adagrad, embedding rows")
+    row_optimizer: Literal["adagrad", "adamw"] = pydantic.Field(
+        "adagrad", description="rowwise, of embedding rows; a checkpoint's must stay what it was"
+    )
+    row_learning_rate: float = pydantic.Field(
+        0.05, gt=0, description="of embedding rows; the default suits adagrad, 1e-3 adamw"
+    )
     vocabulary_rows: int | None = pydantic.Field(
         None,
         ge=1,
-        description="embedding rows, of items and features; beyond, a new key takes the row of the one used "
-        "least recently. Default: as many as there are keys",
+        description="embedding rows, of items and features, over all workers; beyond, a new key takes the "
+        "row of the one used least recently. Each worker has an equal share of them for the keys that are "
+        "its own. Default: as many as there are keys",
+    )
+    admit_after: int = pydantic.Field(
+        1, ge=1, description="events that must be about a key before it gets a row and is learned"
+    )
+    admit_candidates: int = pydantic.Field(
+        1 << 20,
+        ge=1,
+        description="keys without a row, over all workers, whose events are counted; beyond, those without "
+        "one for longest are forgotten",
     )
     weight_decay: float = pydantic.Field(0.0, ge=0)
     retrieval_weight: float = pydantic.Field(0.02, ge=0, description="retrieval loss beside the ranking loss")

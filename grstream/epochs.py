@@ -314,7 +314,7 @@ class Training:
             return full_softmax(users, table, targets, getattr(torch, settings.softmax_dtype)).mean()
         uniform = torch.randint(len(table), (settings.negatives,))
         sampled = torch.cat((uniform, targets))
-        counts = expected_counts(self._popularity, sampled, len(targets) - 1, settings.negatives)
+        counts = expected_counts(self._popularity[sampled], len(targets) - 1, settings.negatives, len(table))
         vectors = table.index_select(0, sampled)
         positives = vectors[settings.negatives :]
         return sampled_softmax(users, positives, vectors, targets, sampled, counts.log()).mean()

@@ -1,8 +1,11 @@
 """Test, then train: one step of streaming training, and everything of it that a checkpoint must hold.
 
-The learner knows no Ray and no Kafka: it is given micro-batches. With several ranks each holds all weights;
-gradients of dense parameters and of the embedding rows in use are summed, and every rank applies the same
-update, so that the ranks stay equal bit for bit.
+The learner knows no Ray and no Kafka: it is given micro-batches. With several ranks each holds all dense
+parameters, whose gradients are summed, so that they stay equal bit for bit, and its own part of the embedding
+rows (`grstream.shards`).
+
+A GPU is waited for once a step, in the middle: what was predicted, and whether the gradients are finite, is
+read at once, and the optimizers' updates are under way while the next step's keys are found.
 """
 
 import dataclasses
@@ -16,19 +19,21 @@ import torch.nn.functional as F
 
 from grstream import migration
 from grstream.config import Config, TrainConfig
-from grstream.keys import ABSENT
+from grstream.keys import ABSENT, Keys
+from grstream.learner_state import LearnerState, copied, to_tensors
 from grstream.metrics import Predictions, StreamMetrics
 from grstream.microbatch import MicroBatch, Role
 from grstream.model import HSTU, Model
+from grstream.places import Part, Places
 from grstream.quality import WindowedQuality
-from grstream.ranks import Ranks
+from grstream.ranks import Ints, Ranks
 from grstream.retrieval import expected_counts, full_softmax, sampled_softmax
+from grstream.shards import Asked, Fetched, Items, Negatives, Shards, dealt, shard
 from grstream.stochastic_length import kept_events
 from grstream.tokens import Events, changed_context, context_before, training_tokens
-from grstream.vocabulary import Mark, Vocabulary, VocabularyState
-from grstream.weights import Delta, NonFiniteWeights, Recipe, Weights
+from grstream.vocabulary import Vocabulary, on
+from grstream.weights import Delta, Recipe, Weights
 
-LEARNER = "learner.pt"  # a checkpoint's file
 RETRIEVAL_TEMPERATURE = 0.05
 GRADIENT_NORM = 1.0  # dense gradients are clipped here: one odd batch must not throw the model off
 PROBES = 64  # new events a step whose item is ranked among all items, which costs a pass over the table
@@ -64,7 +69,7 @@ class Taken(NamedTuple):
     weights: Weights | None  # all there is, where it is to be a base
     delta: Delta | None  # None where no version carries the rest
     vocabulary: Vocabulary
-    mark: Mark
+    mark: int
 
 
 class Learner:
@@ -78,9 +83,8 @@ class Learner:
         self.ranks = ranks or Ranks()
         self.device = torch.device(device)
         self.model = self._build().to(self.device)
-        self.vocabulary = Vocabulary(
-            config.model.dim, config.train.seed, self.device, config.train.vocabulary_rows
-        )
+        self.shards = Shards(shard(config.model.dim, config.train, self.ranks, self.device), self.ranks)
+        self._places = Places()
         self.metrics = StreamMetrics(config.events.actions, config.train.recent_events)
         self.quality = WindowedQuality(config.events.actions, config.quality)
         self.steps = 0
@@ -90,24 +94,24 @@ class Learner:
             [weights.get(name, 1.0) for name in config.events.actions], device=self.device
         )
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """This rank's part."""
+        return self.shards.vocabulary
+
     def _build(self) -> Model:
         return HSTU(self.config.model, actions=len(self.config.events.actions))
 
     def step(self, batch: MicroBatch) -> StepReport:
         """Predict the new events, then learn from them. Raises NonFiniteLoss, having changed nothing."""
-        shared, rows = self._admit(batch)
-        sampled = self._sampled_rows()
-        used = np.unique(np.concatenate([shared, sampled]))
-        table = self.vocabulary.gather(used).requires_grad_()
-        places = rows.among(used)
+        labels = self._labels(batch)
+        fetched, places = self._fetch(batch, np.any(labels, axis=1))
+        table = fetched.table.requires_grad_()
         kept = self._kept(batch)
         outputs = self._encode(batch, places, kept, table, train=True)
         logits = self.model.action_logits(outputs.ranking)  # (N, A)
-        labels = self._labels(batch)
-        acted = labels.any(1)
         counts = [
             batch.new_events,
-            int(acted.sum()),
             outputs.tokens,
             len(batch.items),
             len(batch.items) if kept is None else int(kept.sum()),
@@ -115,81 +119,93 @@ class Learner:
         total = np.sum(self.ranks.gather(np.array(counts, np.float64)), axis=0)
 
         of_actions = F.binary_cross_entropy_with_logits(
-            logits.float(), labels.float().to(self.device), reduction="none"
+            logits.float(), self._on_device(labels).float(), reduction="none"
         )
-        ranking = (of_actions * self._action_weights).sum()
-        targets = rows.items[batch.roles != Role.CONTEXT]
-        retrieval = self._retrieval_loss(outputs.retrieval, table, used, targets, acted, sampled)
-        losses = torch.stack([ranking / max(total[0], 1), retrieval / max(total[1], 1)])
+        ranking = (of_actions * self._action_weights).sum() / max(total[0], 1)
+        retrieval = self._retrieval_loss(outputs.retrieval, table, fetched.items)
+        losses = torch.stack([ranking, retrieval])
         if self.config.model.dropout or kept is not None:
             # Law 6: the model is judged as it would serve.
             with torch.no_grad():
                 outputs = self._encode(batch, places, None, table, train=False)
                 logits = self.model.action_logits(outputs.ranking)
-        said = self._predictions(batch, logits, outputs.retrieval, targets, self._retrievable())
-        predictions = Predictions.concat(self.ranks.gather(said))
-        self._learn(losses, table, used)
-        self.vocabulary.count(self._of_all_ranks(targets))
+        targets = fetched.targets[self.ranks.rank]
+        # What this step met first could not have been found.
+        of_items, items = self._ranks_of(outputs.retrieval, targets, without=self.vocabulary.fresh)
+        rows, gradient = self._gradients(losses, table, fetched)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.model.parameters()), GRADIENT_NORM)
+        finite = torch.isfinite(norm) & torch.isfinite(gradient).all()
+        # The one wait for a GPU.
+        probabilities, ranks, shown, fine = _read([torch.sigmoid(logits.float()), of_items, losses, finite])
+        said = self._predictions(batch, labels, probabilities, ranks, items)
+        told = self.ranks.gather((said, shown.astype(np.float64), bool(fine)))
+        shown = np.sum([losses for _, losses, _ in told], axis=0)
+        if not all(fine for _, _, fine in told):
+            raise NonFiniteLoss(f"step {self.steps + 1}: ranking and retrieval loss {shown.tolist()}")
+        self._optimizer.step()
+        self.vocabulary.update(rows, gradient, self.config.train.row_learning_rate)
+        self.shards.count(fetched)
+        predictions = Predictions.concat([said for said, _, _ in told])
         self.metrics.update(predictions)
         self.quality.update(predictions)
         self.steps += 1
-        shown = np.sum(self.ranks.gather(losses.detach().double().cpu().numpy()), axis=0)
         return StepReport(
             step=self.steps,
             predictions=predictions,
             ranking_loss=float(shown[0]),
             retrieval_loss=float(shown[1]),
-            tokens=int(total[2]),
-            sparsity=float(1 - total[4] / max(total[3], 1)),
+            tokens=int(total[1]),
+            sparsity=float(1 - total[3] / max(total[2], 1)),
         )
 
     @torch.no_grad()
     def predict(self, batch: MicroBatch) -> Predictions:
-        """What the model, as it is, says of the new events. Nothing changes; other ranks are not asked."""
+        """What the model, as it is, says of the new events. Nothing changes. Of a single rank alone."""
+        if self.ranks.world > 1:
+            raise RuntimeError("a rank of several holds a part of the vocabulary and cannot predict alone")
         keys = np.concatenate([batch.items, batch.features.reshape(-1)])
         distinct, place = np.unique(keys, return_inverse=True)
         table, _ = self.vocabulary.vectors(distinct)
         absent = (np.arange(len(keys)) >= len(batch.items)) & (keys == ABSENT)
-        places = _Rows.of(batch, np.where(absent, -1, place))
+        places = _Places.of(batch, np.where(absent, -1, place))
         outputs = self._encode(batch, places, None, table, train=False)
         logits = self.model.action_logits(outputs.ranking)
-        asked = self.vocabulary.lookup(batch.items[batch.roles != Role.CONTEXT])
-        return self._predictions(batch, logits, outputs.retrieval, asked, self.vocabulary.item_rows())
+        targets = batch.items[batch.roles != Role.CONTEXT]
+        of_items, items = self._ranks_of(outputs.retrieval, targets, without=np.empty(0, np.int64))
+        probabilities, ranks = _read([torch.sigmoid(logits.float()), of_items])
+        return self._predictions(batch, self._labels(batch), probabilities, ranks, items)
 
     # -- parts of a step --------------------------------------------------------------------------------
 
-    def _admit(self, batch: MicroBatch) -> "tuple[npt.NDArray[np.int64], _Rows]":
-        """Rows for every key of the batch, and of the other ranks' batches: all of these, and the batch's."""
+    def _fetch(self, batch: MicroBatch, acted: npt.NDArray[np.bool_]) -> "tuple[Fetched, _Places]":
+        """The rows that the step needs, and where among them those of the batch's keys are."""
+        train, new = self.config.train, batch.roles != Role.CONTEXT
         keys = np.concatenate([batch.items, batch.features.reshape(-1)])
-        kinds = np.arange(len(keys)) < len(batch.items)
-        present = kinds | (keys != ABSENT)
-        shared_keys, shared_kinds = self.ranks.union(keys[present], kinds[present])
-        shared = self.vocabulary.admit(shared_keys, shared_kinds)
-        for names in self.ranks.gather(batch.item_names):
-            self.vocabulary.item_names.update(names)
-        rows = np.full(len(keys), -1, np.int64)
-        rows[present] = shared[np.searchsorted(shared_keys, keys[present])]
-        return shared, _Rows.of(batch, rows)
-
-    def _sampled_rows(self) -> npt.NDArray[np.int64]:
-        """What the retrieval loss sets against a step's own items, the same on every rank and on a replay.
-
-        Every item's row, ascending, where there are few enough; otherwise rows drawn uniformly.
-        """
-        if not self.config.train.retrieval_weight:
-            return np.empty(0, np.int64)
-        items = self.vocabulary.item_rows()
-        if len(items) <= self.config.train.full_softmax_items:
-            return items
-        random = np.random.default_rng((self.config.train.seed, self.steps))
-        return items[random.integers(len(items), size=self.config.train.negatives)]
+        items = np.arange(len(keys)) < len(batch.items)
+        of_new = np.concatenate([new, np.repeat(new, batch.features.shape[1])])
+        present = items | (keys != ABSENT)
+        negatives = None
+        if train.retrieval_weight:
+            negatives = Negatives(train.negatives, train.full_softmax_items, (train.seed, self.steps))
+        asked = Asked(
+            keys=keys[present],
+            items=(items & of_new)[present],
+            new=of_new[present],
+            targets=batch.items[new],
+            acted=acted,
+            names=batch.item_names,
+        )
+        fetched = self.shards.fetch(asked, negatives)
+        places = np.full(len(keys), -1, np.int64)
+        places[present] = fetched.places
+        return fetched, _Places.of(batch, places)
 
     def _tensor(self, array: npt.NDArray) -> torch.Tensor:
         """A copy as int64 on the device: Arrow's arrays are read-only, and narrow."""
-        return torch.tensor(array, dtype=torch.int64, device=self.device)
+        return self._on_device(array.astype(np.int64))
 
-    def _of_all_ranks(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return np.concatenate(self.ranks.gather(rows))
+    def _on_device(self, array: npt.NDArray) -> torch.Tensor:
+        return on(self.device, array)
 
     def _kept(self, batch: MicroBatch) -> npt.NDArray[np.bool_] | None:
         """Which events Stochastic Length leaves in the step, None for all."""
@@ -202,7 +218,7 @@ class Learner:
     def _encode(
         self,
         batch: MicroBatch,
-        places: "_Rows",  # of `table`
+        places: "_Places",  # of `table`
         kept: npt.NDArray[np.bool_] | None,
         table: torch.Tensor,
         train: bool,
@@ -220,7 +236,7 @@ class Learner:
         count = len(tokens.memory_times) + len(tokens.query_times)
         return Outputs(asked.ranking(encoded), asked.retrieval(encoded), count)
 
-    def _events(self, batch: MicroBatch, places: "_Rows", table: torch.Tensor) -> Events:
+    def _events(self, batch: MicroBatch, places: "_Places", table: torch.Tensor) -> Events:
         """The events' vectors: that of the item plus those of its features, and of what context changed."""
         contexts = len(self.config.events.context)
         vectors = F.embedding(self._tensor(places.items), table)
@@ -239,57 +255,56 @@ class Learner:
             context_of=self._tensor(event),
         )
 
-    def _labels(self, batch: MicroBatch) -> torch.Tensor:
-        return torch.from_numpy((batch.labels[:, None] >> np.arange(len(self.config.events.actions))) & 1 > 0)
+    def _labels(self, batch: MicroBatch) -> npt.NDArray[np.bool_]:
+        labels: npt.NDArray[np.bool_] = (
+            batch.labels[:, None] >> np.arange(len(self.config.events.actions)) & 1 > 0
+        )
+        return labels
 
     def _retrieval_loss(
         self,
         users: torch.Tensor,  # (N, d)
         table: torch.Tensor,  # (U, d) of the rows in use
-        used: npt.NDArray[np.int64],  # (U,) those rows
-        targets: npt.NDArray[np.int64],  # (N,) rows
-        acted: torch.Tensor,  # (N,) an event without an action is no positive
-        sampled: npt.NDArray[np.int64],  # (K,) rows, all items' or a uniform sample
+        items: Items | None,
     ) -> torch.Tensor:
-        """Softmax over all items or over a sample, summed over events.
+        """Softmax over all items or over a sample, a mean over all ranks' events of which this is its part.
 
         The sample is the items of the step's own events on all ranks, which are popular ones, and the
-        uniform ones, which also reach what nobody takes; logQ corrects for how often each is drawn.
+        uniform ones, which also reach what nobody takes; logQ corrects for how often each is drawn. An event
+        without an action, or whose item has no row yet, is no positive.
         """
-        if not len(sampled):
+        if items is None or not len(items.wanted):
             return users.sum() * 0
-        if len(sampled) <= self.config.train.full_softmax_items:
-            candidates, logs = sampled, None
-        else:
-            in_batch = self._of_all_ranks(targets[acted.numpy()])
-            candidates = np.concatenate([in_batch, sampled])
-            among = torch.from_numpy(np.searchsorted(self.vocabulary.item_rows(), candidates))
-            counts = expected_counts(self.vocabulary.popularity(), among, len(in_batch), len(sampled))
-            logs = counts.log().to(self.device)
-        if not acted.any():
-            return users.sum() * 0
-        asking = self.model.user_vectors(users[acted.to(self.device)]) / RETRIEVAL_TEMPERATURE
-        vectors = self.model.item_vectors(table[self._tensor(np.searchsorted(used, candidates))])
-        wanted = targets[acted.numpy()]
-        if logs is None:
-            return full_softmax(asking, vectors, self._tensor(np.searchsorted(candidates, wanted))).sum()
-        positives = self.model.item_vectors(table[self._tensor(np.searchsorted(used, wanted))])
-        return sampled_softmax(
-            asking, positives, vectors, self._tensor(wanted), self._tensor(candidates), logs
-        ).sum()
+        asking = self.model.user_vectors(users[self._on_device(items.wanting)]) / RETRIEVAL_TEMPERATURE
+        count = max(len(items.in_batch), 1)
+        if items.total <= self.config.train.full_softmax_items:
+            vectors = self.model.item_vectors(table[self._on_device(items.places)])
+            return full_softmax(asking, vectors, self._on_device(items.wanted)).sum() / count
+        candidates = np.concatenate([items.in_batch, items.sampled])
+        shares = torch.from_numpy(items.shares(candidates))
+        logs = expected_counts(shares, len(items.in_batch), len(items.sampled), items.total).log()
+        vectors = self.model.item_vectors(table[self._on_device(items.places[candidates])])
+        positives = self.model.item_vectors(table[self._on_device(items.places[items.wanted])])
+        wanted, among = self._on_device(items.wanted), self._on_device(candidates)
+        losses = sampled_softmax(
+            asking, positives, vectors, wanted, among, logs.to(self.device, non_blocking=True)
+        )
+        return losses.sum() / count
 
-    @torch.no_grad()
     def _predictions(
         self,
         batch: MicroBatch,
-        logits: torch.Tensor,  # (N, A)
-        users: torch.Tensor,  # (N, d)
-        asked: npt.NDArray[np.int64],  # (N,) the items' rows, -1 of one without
-        retrievable: npt.NDArray[np.int64],  # (R,) rows, ascending
+        labels: npt.NDArray[np.bool_],  # (N, A)
+        probabilities: npt.NDArray[np.float32],  # (N, A)
+        ranks: npt.NDArray[np.float32],  # (P,) of the first events' items
+        items: int,  # that there were to be found
     ) -> Predictions:
         at = np.flatnonzero(batch.roles != Role.CONTEXT)
         sequence = np.repeat(np.arange(len(batch.users)), batch.lengths)
         starts = np.cumsum(batch.lengths, dtype=np.int64) - batch.lengths
+        places = np.full(len(at), -1, np.int64)
+        if items:
+            places[: len(ranks)] = ranks
         return Predictions(
             users=batch.users[sequence[at]],
             items=batch.items[at],
@@ -298,115 +313,107 @@ class Learner:
             offsets=batch.offsets,
             late=batch.roles[at] == Role.NEW_LATE,
             history=(at - starts[sequence[at]]).astype(np.int32),
-            labels=self._labels(batch).numpy(),
-            probabilities=torch.sigmoid(logits.float()).cpu().numpy(),
-            ranks=self._ranks_of_items(self.model.user_vectors(users), asked, retrievable),
+            labels=labels,
+            probabilities=probabilities,
+            ranks=places,
         )
 
-    def _retrievable(self) -> npt.NDArray[np.int64]:
-        """The rows of all items but those that this step met first, which could not have been retrieved."""
-        items = self.vocabulary.item_rows()
-        return items[~np.isin(items, self.vocabulary.fresh)]
+    @torch.no_grad()
+    def _ranks_of(self, outputs: torch.Tensor, targets: Keys, without: Ints) -> tuple[torch.Tensor, int]:
+        """The place of each event's item among all items but some rows, and how many items these are.
 
-    def _ranks_of_items(
-        self, users: torch.Tensor, rows: npt.NDArray[np.int64], items: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
-        """The place of each event's item among `items`, for the first PROBES events; last if it is none."""
-        out = np.full(len(rows), -1, np.int64)
-        if not self.config.train.retrieval_weight or not len(items):
-            return out
-        rows = rows[:PROBES]
-        table = self.model.item_vectors(self.vocabulary.gather(items))
-        scores = users[:PROBES] @ table.T  # (P, items)
-        at = self._tensor(np.minimum(np.searchsorted(items, rows), len(items) - 1))
-        places = (scores > scores.gather(1, at[:, None])).sum(1).cpu().numpy()
-        out[:PROBES] = np.where(items[at.cpu().numpy()] == rows, places, len(items))
-        return out
+        For the first PROBES events.
+        """
+        if not self.config.train.retrieval_weight:
+            return outputs.new_empty(0), 0
+        users = self.model.user_vectors(outputs[:PROBES])
+        return self.shards.ranks_of(users, targets[:PROBES], self.model.item_vectors, without)
 
-    def _learn(self, losses: torch.Tensor, table: torch.Tensor, used: npt.NDArray[np.int64]) -> None:
+    def _gradients(
+        self, losses: torch.Tensor, table: torch.Tensor, fetched: Fetched
+    ) -> tuple[Ints, torch.Tensor]:
+        """Sum those of all ranks: dense ones in place, and of the rows that are this rank's."""
         loss = losses[0] + self.config.train.retrieval_weight * losses[1]
         self._optimizer.zero_grad(set_to_none=False)
         loss.backward()
-        parameters = [p for p in self.model.parameters()]
-        for parameter in parameters:
+        for parameter in self.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        self.ranks.sum_([p.grad for p in self.model.parameters() if p.grad is not None])
         gradient = torch.zeros_like(table) if table.grad is None else table.grad
-        self.ranks.sum_([p.grad for p in parameters if p.grad is not None] + [gradient])
-        norm = torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
-        if not (torch.isfinite(norm) and torch.isfinite(gradient).all()):
-            raise NonFiniteLoss(f"step {self.steps + 1}: ranking and retrieval loss {losses.tolist()}")
-        self._optimizer.step()
-        self.vocabulary.update(used, gradient, self.config.train.row_learning_rate)
+        return self.shards.summed(fetched, gradient)
 
-    def weights(self) -> Weights:
-        """A copy of what serving needs."""
-        held = self.vocabulary.state()
-        return Weights(self._dense(), held.keys, held.rows, held.items, held.item_names)
+    def weights(self) -> Weights | None:
+        """A copy of what serving needs, of all ranks; at rank 0, None at the others. All call it together."""
+        taken = self.taken(whole=True)
+        return None if taken is None else taken.weights
 
-    def taken(self, whole: bool) -> Taken:
-        """What the next version is to carry, copied: all if it must, else no more rows than were touched."""
+    def taken(self, whole: bool) -> Taken | None:
+        """What the next version is to carry, copied: all if it must, else no more rows than were touched.
+
+        All ranks call it together, rank 0 decides and gets it. No row was touched where no version is known.
+        """
         held = self.vocabulary
+        whole, version, mark = self.ranks.gather((whole, held.version, held.carried_mark))[0]
+        if version is not None:
+            held.carried(mark, version)
         rows, names, mark = held.touched()
-        delta = None
-        if held.version is not None:
-            delta = Delta(
-                previous=held.version,
-                size=len(held),
-                dense=self._dense(),
-                places=rows,
-                keys=held.keys_of(rows),
-                rows=held.gather(rows).cpu().numpy(),
-                items=held.are_items(rows),
-                item_names=names,
-            )
-        return Taken(self.weights() if whole or delta is None else None, delta, held, mark)
-
-    def _dense(self) -> dict[str, npt.NDArray]:
-        return {name: t.detach().cpu().numpy().copy() for name, t in self.model.state_dict().items()}
+        touched = None if version is None else Part.of(held, rows, names)
+        every = Part.of(held, np.arange(len(held)), held.item_names) if whole or touched is None else None
+        told = self.ranks.collect((len(held), touched, every))
+        if told is None:
+            return None
+        self._places.grow([size for size, _, _ in told])
+        dense = {name: t.detach().cpu().numpy().copy() for name, t in self.model.state_dict().items()}
+        weights, delta = None, None
+        if every is not None:
+            weights = Weights(dense=dense, **self._places.laid_out([part for _, _, part in told if part])[1])
+        if version is not None:
+            places, columns = self._places.laid_out([part for _, part, _ in told if part])
+            delta = Delta(previous=version, size=self._places.size, dense=dense, places=places, **columns)
+        return Taken(weights, delta, held, mark)
 
     # -- state ------------------------------------------------------------------------------------------
 
-    def state(self) -> "LearnerState":
-        """A copy of everything but the position in the stream, which later steps do not touch."""
-        return LearnerState(
-            _copied(
+    def state(self) -> LearnerState:
+        """A copy of this rank's part of everything but the position in the stream.
+
+        Later steps do not touch it. What all ranks hold alike is rank 0's.
+        """
+        common = None
+        if self.ranks.rank == 0:
+            common = copied(
                 {
                     "recipe": Recipe.of(self.config).model_dump(mode="json"),
                     "steps": self.steps,
                     "model": self.model.state_dict(),
                     "optimizer": self._optimizer.state_dict(),
-                    "vocabulary": dataclasses.asdict(self.vocabulary.state()),
                     "metrics": self.metrics.state(),
                     "quality": self.quality.state(),
                 }
             )
-        )
+        return LearnerState(self.ranks.rank, self.ranks.world, common, self.vocabulary.state())
 
     def load(self, directory: pathlib.Path) -> list[str]:
-        """Become what a state's `save` wrote, on this and every other rank.
+        """Become what the states of all ranks, of however many, have saved there.
 
-        Returns what had to be migrated to fit a schema that has grown, a line each. Raises SchemaChanged,
-        having changed nothing, where the configuration has not grown from the one that it was saved under.
+        Returns what had to be migrated to fit a schema that has grown, a line each. Having changed nothing
+        raises SchemaChanged where the configuration has not grown from the one that it was saved under, and
+        ValueError where the embedding rows are another optimizer's.
         """
-        state = _to_arrays(torch.load(directory / LEARNER, map_location="cpu", weights_only=True))
+        common, parts = LearnerState.read(directory)
         shapes = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
-        migrated = migration.fit(state, Recipe.of(self.config), self._optimizer, shapes, self._new_parameters)
-        held = state["vocabulary"]
-        # Checkpoints of before rows had a budget do not say when they were used.
-        held.setdefault("used", np.zeros(len(held["keys"]), np.int64))
-        self.steps = state["steps"]
-        self.model.load_state_dict(_to_tensors(state["model"]))
-        self._optimizer.load_state_dict(_to_tensors(state["optimizer"]))
-        self.vocabulary = Vocabulary.from_state(
-            VocabularyState(**held),
-            self.config.train.seed,
-            self.device,
-            self.config.train.vocabulary_rows,
-        )
-        self.metrics.load(state["metrics"])
-        if "quality" in state:  # not in checkpoints of before
-            self.quality.load(state["quality"])
+        recipe = Recipe.of(self.config)
+        migrated = migration.fit(common, recipe, self._optimizer, shapes, self._new_parameters)
+        held = shard(self.config.model.dim, self.config.train, self.ranks, self.device)
+        held.restore(dealt(parts, self.ranks))
+        self.shards, self._places = Shards(held, self.ranks), Places()
+        self.steps = common["steps"]
+        self.model.load_state_dict(to_tensors(common["model"]))
+        self._optimizer.load_state_dict(to_tensors(common["optimizer"]))
+        self.metrics.load(common["metrics"])
+        if "quality" in common:  # not in checkpoints of before
+            self.quality.load(common["quality"])
         return migrated
 
     def _new_parameters(self) -> dict[str, npt.NDArray]:
@@ -417,43 +424,21 @@ class Learner:
 
 
 @dataclasses.dataclass(frozen=True)
-class LearnerState:
-    """A learner as it was after a step, to be written while it goes on."""
+class _Places:
+    """Where in some table the rows of each event's item and features are."""
 
-    held: dict[str, Any]
-
-    def save(self, directory: pathlib.Path) -> None:
-        """Write it into an existing directory. Raises NonFiniteWeights: nobody could go on from those."""
-        arrays = {**self.held["model"], "the embedding rows": self.held["vocabulary"]["rows"]}
-        bad = next((name for name, array in arrays.items() if not torch.isfinite(array).all()), None)
-        if bad is not None:
-            raise NonFiniteWeights(
-                f"the weights of step {self.held['steps']} are not saved: {bad} is not finite"
-            )
-        torch.save(self.held, directory / LEARNER)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Rows of some table for each event's item and features."""
-
-    items: npt.NDArray[np.int64]  # (E,)
-    features: npt.NDArray[np.int64]  # (E, F), -1 where absent
+    items: Ints  # (E,)
+    features: Ints  # (E, F), -1 where absent
 
     @classmethod
-    def of(cls, batch: MicroBatch, rows: npt.NDArray[np.int64]) -> "_Rows":
+    def of(cls, batch: MicroBatch, places: Ints) -> "_Places":
         """From those of the items followed by those of the features, event by event."""
         events = len(batch.items)
-        return cls(rows[:events], rows[events:].reshape(batch.features.shape))
+        return cls(places[:events], places[events:].reshape(batch.features.shape))
 
-    def among(self, used: npt.NDArray[np.int64]) -> "_Rows":
-        """Where these rows are among the rows `used`, ascending, that hold them all."""
-        features = np.where(self.features < 0, -1, np.searchsorted(used, self.features))
-        return _Rows(np.searchsorted(used, self.items), features)
-
-    def where(self, kept: npt.NDArray[np.bool_]) -> "_Rows":
+    def where(self, kept: npt.NDArray[np.bool_]) -> "_Places":
         """Those of some events."""
-        return _Rows(self.items[kept], self.features[kept])
+        return _Places(self.items[kept], self.features[kept])
 
 
 def _optimizer(model: Model, config: TrainConfig) -> torch.optim.AdamW:
@@ -474,33 +459,8 @@ def _optimizer(model: Model, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups)
 
 
-def _copied(value: Any) -> Any:
-    """Tensors as copies in main memory, and arrays, which are copies already, as tensors."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(v) for v in value)
-    return _to_tensors(value)
-
-
-def _to_tensors(value: Any) -> Any:
-    """Arrays as tensors, so that a checkpoint loads with weights_only."""
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
-    if isinstance(value, dict):
-        return {k: _to_tensors(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to_tensors(v) for v in value)
-    return value
-
-
-def _to_arrays(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.numpy()
-    if isinstance(value, dict):
-        return {k: _to_arrays(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to_arrays(v) for v in value)
-    return value
+def _read(tensors: list[torch.Tensor]) -> list[npt.NDArray[np.float32]]:
+    """Their values in float32, by one copy from the device."""
+    flat = torch.cat([t.detach().float().reshape(-1) for t in tensors]).cpu()
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape).numpy() for part, t in zip(parts, tensors, strict=True)]

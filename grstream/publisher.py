@@ -7,7 +7,7 @@ What a version carries counts as published when the version is durable. A versio
 import concurrent.futures
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from grstream.config import Config
 from grstream.learner import Learner, Taken
@@ -23,8 +23,16 @@ class Exchanged(Protocol):
     def offer(self, manifest: Manifest, weights: Weights | None, delta: Delta | None) -> None: ...
 
 
+class _Order(NamedTuple):
+    whole: bool
+    builds_on: bool  # the newest version, so that touched rows will do
+
+
 class Publisher:
-    """Of one training run. Its methods are called by the thread that the learner steps in."""
+    """Of one training run. Its methods are called by the thread that the learner steps in.
+
+    Every rank has one, and all call `publish` together; rank 0's decides and writes.
+    """
 
     def __init__(self, config: Config, learner: Learner, exchange: Exchanged | None = None) -> None:
         self._config, self._learner, self._exchange = config, learner, exchange
@@ -40,22 +48,18 @@ class Publisher:
     ) -> None:
         """Begin a version of the weights as they are, unless it would be the same or one is being written.
 
-        With `wait` return when it is durable, and raise the OSError if it is not; without, the next version
-        makes up for it. Raises WeightsErrors of the version before, NonFiniteWeights among them.
+        All ranks call it together. With `wait` return when it is durable, and raise the OSError if it is not;
+        without, the next version makes up for it. Raises WeightsErrors of the version before,
+        NonFiniteWeights among them.
         """
-        self.settle(wait)
-        held, steps = self._learner.vocabulary, self._learner.steps
-        if self._writing is not None or (held.version is not None and steps == self._step):
+        ranks, steps = self._learner.ranks, self._learner.steps
+        order = ranks.gather(self._decided(wait) if ranks.rank == 0 else None)[0]
+        if order is None:
             return
-        try:
-            builds_on = self._is_there(held.version)
-        except OSError as error:
-            logger.error("no weights version is published while storage cannot be read: %s", error)
-            if wait:
-                raise
+        taken = self._learner.taken(order.whole)
+        if taken is None:
             return
-        taken = self._learner.taken(whole=not builds_on or self._deltas + 1 >= self._config.train.base_every)
-        if not builds_on:
+        if not order.builds_on:
             taken = taken._replace(delta=None)
         writing = self._pool.submit(
             self._write, taken, step=steps, positions=positions, newest_event_ms=newest_event_ms
@@ -65,6 +69,21 @@ class Publisher:
             failure = self.settle(wait)
             if failure is not None:
                 raise failure
+
+    def _decided(self, wait: bool) -> "_Order | None":
+        """Whether, and how, the next version is to be made now."""
+        self.settle(wait)
+        held = self._learner.vocabulary
+        if self._writing is not None or (held.version is not None and self._learner.steps == self._step):
+            return None
+        try:
+            builds_on = self._is_there(held.version)
+        except OSError as error:
+            logger.error("no weights version is published while storage cannot be read: %s", error)
+            if wait:
+                raise
+            return None
+        return _Order(not builds_on or self._deltas + 1 >= self._config.train.base_every, builds_on)
 
     def settle(self, wait: bool = False) -> OSError | None:
         """See to what became of the version being written, if it is through: why it is not durable, if so.

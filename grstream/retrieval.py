@@ -99,10 +99,10 @@ def sampled_softmax(
 
 
 def expected_counts(
-    popularity: Tensor,  # (V,) the probability of each item as the target of an event
-    items: Tensor,  # (K,) rows of `popularity`
+    shares: Tensor,  # (K,) the probability of each item as the target of an event
     in_batch: int,  # candidates that are the targets of other events
     uniform: int,  # candidates drawn uniformly from all items
+    items: int,  # that there are in all
 ) -> Tensor:
     """How often each item is to be expected in such a sample: (K,)."""
-    return in_batch * popularity[items] + uniform / len(popularity)
+    return in_batch * shares + uniform / items

@@ -147,7 +147,7 @@ def memory_tokens(events: Events, interleaved: bool) -> tuple[Tokens, Tensor]:
     count, contexts = len(events.times), len(events.context_of)
     arange = torch.arange(contexts + 2 * count, device=events.times.device)
     own = 2 if interleaved else 1  # an event's tokens beside its context's
-    before = torch.bincount(events.context_of, minlength=count)  # (E,) context tokens of each
+    before = _counts(events.context_of, count)  # (E,) context tokens of each
     first = jagged.starts(before + own)
     item = first + before
     context = first[events.context_of] + arange[:contexts] - jagged.starts(before)[events.context_of]
@@ -185,7 +185,7 @@ def training_tokens(events: Events, new: Tensor, interleaved: bool) -> tuple[Tok
     count = len(events.times)
     owner = jagged.owners(events.lengths, count)[new]
     starts = jagged.starts(tokens.memory_lengths)[owner]
-    own, context = item[new], torch.bincount(events.context_of, minlength=count)[new]
+    own, context = item[new], _counts(events.context_of, count)[new]
     newest = own - context - 1  # the last token of the event before
     readout = [torch.where(newest >= starts, newest, -1)]
     kinds, vectors = [Kind.REQUEST], [events.items.new_zeros(len(new), events.items.shape[1])]
@@ -197,10 +197,15 @@ def training_tokens(events: Events, new: Tensor, interleaved: bool) -> tuple[Tok
     each = len(kinds)
     tokens = dataclasses.replace(
         tokens,
-        query_lengths=torch.bincount(owner, minlength=len(events.lengths)) * each,
+        query_lengths=_counts(owner, len(events.lengths)) * each,
         query_vectors=torch.stack(vectors, 1).flatten(0, 1),
         query_kinds=torch.tensor(kinds, device=new.device).repeat(len(new)),
         query_prefix=(own - starts).repeat_interleave(each),
         query_times=events.times[new].repeat_interleave(each),
     )
     return tokens, Asked(new, torch.cat(readout), interleaved)
+
+
+def _counts(of: Tensor, among: int) -> Tensor:
+    """How often each of 0 … among − 1 stands there: `bincount`, without its wait for a GPU."""
+    return of.new_zeros(among).index_add_(0, of, torch.ones_like(of))

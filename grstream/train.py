@@ -17,7 +17,7 @@ import ray
 import ray.train
 from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.callback import UserCallback
 
 from grstream.board import Board, Progress
@@ -129,6 +129,8 @@ def _check_cpus(config: Config) -> None:
 def _trainer(config: Config, board: Board, until: Until | None, exchange: Exchange | None) -> TorchTrainer:
     return TorchTrainer(
         functools.partial(_run_rank, config, board, until, exchange),
+        # What hosts tell each other must not wait for a GPU.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.train.gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
             use_gpu=config.train.gpu,

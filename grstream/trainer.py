@@ -122,16 +122,17 @@ class Trainer:
         self._waited_s = 0.0  # for input, since the last step
         self._strays = StrayUsers()
         self._store = CheckpointStore(config.storage / "checkpoints")
-        self._publisher = Publisher(config, self._learner, exchange) if self._leads else None
-        self._saving: concurrent.futures.Future[Checkpoint] | None = None
+        self._publisher = Publisher(config, self._learner, exchange)
+        self._saving: concurrent.futures.Future[Checkpoint | None] | None = None
         self._saver = concurrent.futures.ThreadPoolExecutor(1, "saver")
         self._gate = EntropyGate(len(config.events.actions), config.train)
         self.checkpoint_number = 0
         self._migrated: list[str] = []  # of the checkpoint, to fit a schema that has grown
         resumed = self._resume()
+        self._run = ranks.gather(new_run())[0]
         self._journal = self._open_journal(resumed)
         self._predictions = self._open_predictions()
-        self._monitor = Monitor(config, self._journal.mark.run, self._settled()) if self._journal else None
+        self._monitor = Monitor(config, self._run, self._settled()) if self._journal else None
         self._stopping = False
         self._saved_settled = self._settled()
         self._next_checkpoint = time.monotonic() + config.train.checkpoint_every_s
@@ -167,8 +168,7 @@ class Trainer:
                 self.checkpoint_number,
             )
         self._report(last=True)
-        if self._publisher:
-            self._publisher.close()
+        self._publisher.close()
         self._saver.shutdown()
         if self._journal:
             self._journal.close()
@@ -198,6 +198,8 @@ class Trainer:
                 self._publish(wait=False)
             if self._leads and time.monotonic() >= self._next_progress:
                 self._report()
+            elif not self._leads:
+                self._saving_goes_on()
             self._stopping = orders.stop
             if self._stopping or all(vote.ended for vote in votes):
                 return
@@ -328,7 +330,7 @@ class Trainer:
     def _open_journal(self, resumed: Mark | None) -> Journal | None:
         if not self._leads:
             return None
-        journal = Journal(self._config.storage / "metrics", new_run(), resumed)
+        journal = Journal(self._config.storage / "metrics", self._run, resumed)
         if self._migrated:
             journal.note({"migrated": self._migrated})
         return journal
@@ -338,7 +340,7 @@ class Trainer:
             return None
         return PredictionLog(
             self._config.storage / "predictions",
-            self._journal.mark.run,
+            self._run,
             self._config.train.predictions_kept_s,
         )
 
@@ -348,15 +350,18 @@ class Trainer:
     def _saving_goes_on(self) -> bool:
         """Whether the last checkpoint is being written still. Raises what went wrong with it."""
         if self._saving and self._saving.done():
-            saved, self._saving = self._saving.result().record, None
-            self.checkpoint_number = saved.number
-            logger.info("checkpoint %d: step %d, %d events", saved.number, saved.step, saved.events)
+            checkpoint, self._saving = self._saving.result(), None
+            if checkpoint is not None:
+                saved = checkpoint.record
+                self.checkpoint_number = saved.number
+                logger.info("checkpoint %d: step %d, %d events", saved.number, saved.step, saved.events)
         return self._saving is not None
 
     def _checkpoint(self, wait: bool) -> None:
         """Save, if anything was settled since the last time; without `wait`, beside the next steps.
 
-        All ranks call it together. The steps stand still for no more than a copy.
+        All ranks call it together, and each writes its own part. The steps stand still for no more than a
+        copy.
         """
         self._next_checkpoint = time.monotonic() + self._config.train.checkpoint_every_s
         if wait and self._saving:
@@ -367,18 +372,21 @@ class Trainer:
             return
         if self._predictions:
             self._predictions.flush()
+        state = self._learner.state()
         if self._journal:
             record = Record(
                 number=self._next_number,
-                run=self._journal.mark.run,
+                run=self._run,
                 entries=self._journal.mark.entries,
                 step=self._learner.steps,
                 events=self._events,
                 newest_event_ms=self._newest_event_ms,
                 created_ms=0,
             )
+            self._saving = self._saver.submit(self._save, self._journal, record, Ledger(self._ledger), state)
+        else:
             self._saving = self._saver.submit(
-                self._save, self._journal, record, Ledger(self._ledger), self._learner.state()
+                self._store.write_part, self._next_number, self._run, self._ranks.rank, state.save
             )
         self._next_number += 1
         self._saved_settled = settled
@@ -389,22 +397,24 @@ class Trainer:
     def _save(self, journal: Journal, record: Record, ledger: Ledger, state: LearnerState) -> Checkpoint:
         """Write a checkpoint, in a thread of its own."""
         journal.sync()
-        saved = self._store.write(record, ledger, state.save)
+        saved = self._store.write(record, ledger, state.save, self._ranks.world)
         self._store.prune(self._config.train.keep_checkpoints)
         return saved
 
     def _publish(self, wait: bool) -> None:
-        """Publish a version if the weights have changed; without `wait`, beside the next steps."""
+        """Publish a version if the weights have changed; without `wait`, beside the next steps.
+
+        All ranks call it together: the version holds the embedding rows of all.
+        """
         self._next_publish = time.monotonic() + self._config.train.publish_every_s
-        if self._publisher:
-            positions = {p: self._ledger.consumed(p) for p in self._ledger.partitions()}
-            self._publisher.publish(positions, self._newest_event_ms, wait)
+        positions = {p: self._ledger.consumed(p) for p in self._ledger.partitions()}
+        self._publisher.publish(positions, self._newest_event_ms, wait)
 
     def _report(self, last: bool = False) -> None:
         """Tell the driver, the journal and the monitor how it goes."""
         self._next_progress = time.monotonic() + PROGRESS_S
         self._saving_goes_on()
-        if not (self._publisher and self._journal):
+        if not self._journal:
             return
         self._publisher.settle()
         positions = {p: self._ledger.watermark(p) or 0 for p in self._ledger.partitions()}

@@ -1,8 +1,9 @@
-"""The dynamic embedding: a row for every key that was trained lately, and its rowwise Adagrad.
+"""The dynamic embedding: a row for every key that was trained lately, and its rowwise optimizer.
 
 Rows grow up to a budget; beyond it a new key takes the row of the one that was used least recently, and
-starts as any new key does. Use is being in a micro-batch, of whatever rank: so ranks evict alike, and so does
-a replay.
+starts as any new key does. Use is being in a micro-batch, of whatever rank: so a replay evicts alike. Where a
+key must be met more than once to get a row, `Candidates` counts. With several ranks each holds the keys that
+are its own (`grstream.shards`).
 
 A key without a row has an initial vector that is a function of the key and the seed alone. So a server
 scores an item that no version knows just as the trainer would have predicted it, and ranks that meet a new
@@ -10,15 +11,17 @@ key at the same time give it the same row without talking.
 """
 
 import dataclasses
-import itertools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from grstream.candidates import Candidates, CandidatesState
 from grstream.keys import Keys
 from grstream.keytable import KeyTable
+from grstream.row_optimizers import OPTIMIZERS, Columns
 from kernels import embedding
 
 # Retrieval normalises item vectors, so a short one gets long gradients: rows that start much shorter than
@@ -49,27 +52,25 @@ def vectors_of(
     """The vector of each key, its initial one if it has no row, and whether it has: (n, dim) and (n,)."""
     known = rows >= 0
     if known.all():
-        return embedding.gather(table, torch.from_numpy(rows).to(table.device)), known
+        return embedding.gather(table, on(table.device, rows)), known
     out = torch.empty(len(keys), table.shape[1], device=table.device)
-    where = torch.from_numpy(known).to(table.device)
-    out[where] = embedding.gather(table, torch.from_numpy(rows[known]).to(table.device))
-    out[~where] = initial_rows(keys[~known], table.shape[1], seed).to(table.device)
+    out[on(table.device, np.flatnonzero(known))] = embedding.gather(table, on(table.device, rows[known]))
+    fresh = initial_rows(keys[~known], table.shape[1], seed)
+    out[on(table.device, np.flatnonzero(~known))] = fresh.to(table.device, non_blocking=True)
     return out, known
-
-
-class Mark(NamedTuple):
-    """A moment of a vocabulary, up to which a version carries what was touched."""
-
-    moment: int
-    names: int  # that there were
 
 
 class Touched(NamedTuple):
     """What no published version carries yet. Taking it changes nothing: `Vocabulary.carried` does."""
 
     rows: npt.NDArray[np.int64]  # (m,) ascending: new, given to another key, or updated
-    names: dict[int, str]  # new ones
-    mark: Mark
+    names: dict[int, str]  # of the items among them
+    mark: int  # up to which a version carries what was touched
+
+
+def on(device: torch.device, array: npt.NDArray) -> torch.Tensor:
+    """The array on the device, which is not waited for; on a CPU a view."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,22 +79,32 @@ class VocabularyState:
 
     keys: Keys  # (n,)
     rows: npt.NDArray[np.float32]  # (n, dim)
-    squares: npt.NDArray[np.float32]  # (n,) Adagrad's sum of mean squared gradients
+    optimizer: Columns  # (n, ...) each, see `grstream.row_optimizers`
     items: npt.NDArray[np.bool_]  # (n,) the key names an item, and may be retrieved
     counts: npt.NDArray[np.int64]  # (n,) events that were about it, an item
     used: npt.NDArray[np.int64]  # (n,) which admission it was last part of
-    item_names: dict[int, str]  # of items whose ids are strings
+    item_names: dict[int, str]  # of those whose ids are strings
+    admissions: int  # so far
+    budget: int | None  # that all these are within, or as large as one admission was
+    candidates: CandidatesState | None = None
 
 
 class Vocabulary:
     """Keys to embedding rows, growing as keys come. Not thread-safe; a server builds one per version.
 
     Keys and what is known of them are in main memory, the rows and their optimizer on `device`. `budget` is
-    the most rows, without which none is evicted; what one admission takes is never refused, though.
+    the most rows, without which none is evicted; what one admission takes is never refused, though. Without
+    `candidates` a key gets a row the first time that it is met.
     """
 
     def __init__(
-        self, dim: int, seed: int = 0, device: torch.device | str = "cpu", budget: int | None = None
+        self,
+        dim: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        budget: int | None = None,
+        optimizer: str = "adagrad",  # of OPTIMIZERS
+        candidates: Candidates | None = None,
     ) -> None:
         self.dim = dim
         self.seed = seed
@@ -101,10 +112,12 @@ class Vocabulary:
         self.evicted = 0  # keys so far
         self.fresh = np.empty(0, np.int64)  # rows that the last admission gave to keys without one
         self.device = torch.device(device)
-        self.item_names: dict[int, str] = {}
+        self.item_names: dict[int, str] = {}  # of items that have a row
+        self.events = 0  # counted, about items that have a row
+        self._candidates = candidates
         self._table = KeyTable()
         self._rows = torch.empty(0, dim, device=self.device)
-        self._squares = torch.empty(0, device=self.device)
+        self._optimizer = OPTIMIZERS[optimizer](dim, self.device)
         self._items = np.empty(0, np.bool_)
         self._keys = np.empty(0, np.int64)
         self._counts = np.empty(0, np.int64)
@@ -114,41 +127,33 @@ class Vocabulary:
         self._queue = self._queued_at = np.empty(0, np.int64)
         self.version: int | None = None  # that holds every row as it is, but for the touched ones
         self._touched_at = np.empty(0, np.int64)
-        self._mark, self._carried = Mark(0, 0), Mark(-1, 0)
+        self.carried_mark = -1  # what was touched up to it is in that version
+        self._moment = 0
 
-    @classmethod
-    def from_rows(
-        cls,
-        dim: int,
-        seed: int,
-        keys: Keys,  # (n,) distinct
-        rows: npt.NDArray[np.float32],  # (n, dim)
-        items: npt.NDArray[np.bool_] | None = None,  # (n,) default: none is known to be an item
-        device: torch.device | str = "cpu",
-        budget: int | None = None,
-    ) -> "Vocabulary":
-        vocabulary = cls(dim, seed, device)
-        vocabulary.admit(keys, np.zeros(len(keys), np.bool_) if items is None else items)
-        vocabulary._rows[: len(keys)] = torch.from_numpy(np.array(rows))
-        vocabulary.budget = budget
-        return vocabulary
+    def restore(self, state: VocabularyState) -> None:
+        """Become what the state was, in the place of an empty vocabulary.
 
-    @classmethod
-    def from_state(
-        cls,
-        state: VocabularyState,
-        seed: int,
-        device: torch.device | str = "cpu",
-        budget: int | None = None,
-    ) -> "Vocabulary":
-        dim = state.rows.shape[1]
-        vocabulary = cls.from_rows(dim, seed, state.keys, state.rows, state.items, device, budget)
-        vocabulary._squares[: len(state.keys)] = torch.from_numpy(np.array(state.squares))
-        vocabulary._counts[: len(state.keys)] = state.counts
-        vocabulary._used[: len(state.keys)] = state.used
-        vocabulary._admissions = int(state.used.max(initial=0))
-        vocabulary.item_names = dict(state.item_names)
-        return vocabulary
+        Of a state of a larger budget, what was used least recently is left out.
+        Raises ValueError where the rows are another optimizer's.
+        """
+        kept = np.arange(len(state.keys))
+        lowered = self.budget is not None and (state.budget is None or self.budget < state.budget)
+        if self.budget is not None and lowered and len(kept) > self.budget:
+            kept = np.sort(np.argsort(state.used, kind="stable")[-self.budget :])
+        rows = self._table.insert(state.keys[kept])
+        self._reserve(len(kept))
+        self._rows[: len(kept)] = on(self.device, np.array(state.rows[kept]))
+        self._optimizer.load({name: column[kept] for name, column in state.optimizer.items()})
+        self._keys[rows] = state.keys[kept]
+        self._items[rows] = state.items[kept]
+        self._counts[rows] = state.counts[kept]
+        self._used[rows] = state.used[kept]
+        self._touched_at[rows] = self._moment
+        self.events = int(state.counts[kept].sum())
+        self._admissions = state.admissions
+        self.name(state.item_names)
+        if self._candidates is not None and state.candidates is not None:
+            self._candidates.load(state.candidates)
 
     def state(self) -> VocabularyState:
         """A copy, which later updates do not touch."""
@@ -156,11 +161,14 @@ class Vocabulary:
         return VocabularyState(
             keys=self._keys[:n].copy(),
             rows=self._rows[:n].cpu().numpy().copy(),
-            squares=self._squares[:n].cpu().numpy().copy(),
+            optimizer=self._optimizer.state(n),
             items=self._items[:n].copy(),
             counts=self._counts[:n].copy(),
             used=self._used[:n].copy(),
             item_names=dict(self.item_names),
+            admissions=self._admissions,
+            budget=self.budget,
+            candidates=None if self._candidates is None else self._candidates.state(),
         )
 
     def __len__(self) -> int:
@@ -170,8 +178,13 @@ class Vocabulary:
         """The row of each key, -1 where it has none: (n,)."""
         return self._table.find(keys)
 
-    def admit(self, keys: Keys, items: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-        """The rows of distinct keys, until the next admission. `items`: which of them name an item.
+    def admit(
+        self,
+        keys: Keys,  # (n,) distinct
+        items: npt.NDArray[np.bool_],  # (n,) which name an item that may be retrieved from now on
+        events: npt.NDArray[np.int64] | None = None,  # (n,) about each, for candidates; default: one
+    ) -> npt.NDArray[np.int64]:
+        """The rows of these keys, until the next admission; -1 of a key that must be met more often.
 
         A new key gets the next row, or beyond the budget that of the key used least recently.
         """
@@ -179,27 +192,40 @@ class Vocabulary:
         new = rows < 0
         self._admissions += 1
         self._used[rows[~new]] = self._admissions
+        named = rows[~new & items]
+        self._touched_at[named[~self._items[named]]] = self._moment
+        self._items[named] = True
+        if self._candidates is not None:
+            events = np.ones(len(keys), np.int64) if events is None else events
+            new[new] = self._candidates.count(keys[new], events[new])
         if new.any():
             if self.budget is not None:
                 self._evict(min(len(self) + int(new.sum()) - self.budget, int(new.sum())))
             fresh = rows[new] = self._table.insert(keys[new])
             self._reserve(self._table.stop)
-            at = torch.from_numpy(fresh).to(self.device)
-            self._rows[at] = initial_rows(keys[new], self.dim, self.seed).to(self.device)
-            self._squares[at] = 0
+            at = on(self.device, fresh)
+            self._rows[at] = initial_rows(keys[new], self.dim, self.seed).to(self.device, non_blocking=True)
+            self._optimizer.clear(at)
             self._counts[fresh] = 0
             self._items[fresh] = items[new]
             self._keys[fresh] = keys[new]
             self._used[fresh] = self._admissions
-            self._touched_at[fresh] = self._mark.moment
+            self._touched_at[fresh] = self._moment
         self.fresh = rows[new]
         return rows
+
+    def name(self, names: Mapping[int, str]) -> None:
+        """Keep the names of items that have a row. An item without one brings it again, with an event."""
+        if names:
+            has_row = self._table.find(np.fromiter(names, np.int64, len(names))) >= 0
+            kept = zip(names.items(), has_row.tolist(), strict=True)
+            self.item_names.update(named for named, known in kept if known)
 
     def _evict(self, count: int) -> None:
         """Forget keys that are not part of this admission, least recently used first, as many as there are.
 
-        All rows are taken while new keys wait for them, so rows stay dense. Names stay: an item may come back
-        by way of a history, whose events bring none.
+        All rows are taken while new keys wait for them, so rows stay dense. Nothing of a key stays, its name
+        neither: one that comes back by way of a history is no item until an event about it brings both.
         """
         while count > 0:
             stale = self._queue[self._used[self._queue] == self._queued_at]
@@ -207,6 +233,10 @@ class Vocabulary:
             if len(gone):
                 self._table.remove(gone)
                 self._used[gone] = -1
+                self.events -= int(self._counts[gone].sum())
+                if self.item_names:
+                    for key in self._keys[gone].tolist():
+                        self.item_names.pop(key, None)
                 self.evicted += len(gone)
                 count -= len(gone)
                 self._queue = stale[len(gone) :]
@@ -224,11 +254,15 @@ class Vocabulary:
 
     def gather(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """A copy of these rows: (n, dim)."""
-        return embedding.gather(self._rows, torch.from_numpy(rows).to(self.device))
+        return embedding.gather(self._rows, on(self.device, rows))
 
     def vectors(self, keys: Keys) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
         """The vector of each key, and whether it has a row: (n, dim) and (n,)."""
-        return vectors_of(keys, self._table.find(keys), self._rows, self.seed)
+        return self.fetch(keys, self._table.find(keys))
+
+    def fetch(self, keys: Keys, rows: npt.NDArray[np.int64]) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+        """As `vectors`, of keys whose rows, -1 where they have none, are known."""
+        return vectors_of(keys, rows, self._rows, self.seed)
 
     def item_rows(self) -> npt.NDArray[np.int64]:
         """The rows of all items, ascending: (n,)."""
@@ -240,34 +274,32 @@ class Vocabulary:
     def count(self, rows: npt.NDArray[np.int64]) -> None:
         """Another event about each of these items; a row may stand here several times."""
         np.add.at(self._counts, rows, 1)
+        self.events += len(rows)
 
-    def popularity(self) -> torch.Tensor:
-        """Each item's share of the counted events, as if it had had one more: float32, as `item_rows`."""
-        counts = torch.from_numpy(self._counts[self.item_rows()] + 1)
-        return counts.float() / counts.sum().clamp(min=1)
+    def counts(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How often each was counted: (n,)."""
+        return self._counts[rows]
 
     def keys_of(self, rows: npt.NDArray[np.int64]) -> Keys:
         return self._keys[rows]
 
     def update(self, rows: npt.NDArray[np.int64], gradient: torch.Tensor, learning_rate: float) -> None:
-        """Rowwise Adagrad: one accumulator a row, of the mean squared gradient. Rows are distinct."""
-        at = torch.from_numpy(rows).to(self.device)
-        embedding.rowwise_adagrad_(self._rows, self._squares, at, gradient, learning_rate)
-        self._touched_at[rows] = self._mark.moment
+        """A step of the rowwise optimizer. Rows are distinct."""
+        self._optimizer.update(self._rows, on(self.device, rows), gradient, learning_rate)
+        self._touched_at[rows] = self._moment
 
     def touched(self) -> Touched:
         """All that changed since `version`, or ever. What changes from now on is not under its mark."""
-        rows = np.flatnonzero(self._touched_at[: len(self)] > self._carried.moment)
-        # Names only come, and a dict keeps the order in which they came.
-        new = len(self.item_names) - self._carried.names
-        names = dict(itertools.islice(reversed(self.item_names.items()), new))
-        mark = Mark(self._mark.moment, len(self.item_names))
-        self._mark = Mark(mark.moment + 1, mark.names)
-        return Touched(rows, names, mark)
+        rows = np.flatnonzero(self._touched_at[: len(self)] > self.carried_mark)
+        names = self.item_names
+        if names:
+            names = {key: names[key] for key in self._keys[rows].tolist() if key in names}
+        self._moment += 1
+        return Touched(rows, names, self._moment - 1)
 
-    def carried(self, mark: Mark, version: int) -> None:
+    def carried(self, mark: int, version: int) -> None:
         """A version that carries what was touched up to `mark` is durable."""
-        self._carried, self.version = mark, version
+        self.carried_mark, self.version = mark, version
 
     def _reserve(self, n: int) -> None:
         held = len(self._keys)
@@ -275,9 +307,9 @@ class Vocabulary:
             return
         size = max(1024, n, held * 3 // 2)
         rows = torch.empty(size, self.dim, device=self.device)
-        squares = torch.empty(size, device=self.device)
-        rows[:held], squares[:held] = self._rows, self._squares
-        self._rows, self._squares = rows, squares
+        rows[:held] = self._rows
+        self._rows = rows
+        self._optimizer.grow(size)
         self._items = np.resize(self._items, size)
         self._keys = np.resize(self._keys, size)
         self._counts = np.resize(self._counts, size)

@@ -82,10 +82,15 @@ class Weights:
             n = delta.size
         keys, rows, items = (_grown(array, n) for array in (self.keys, self.rows, self.items))
         names = self.item_names
+        n = len(self.keys)
         for delta in deltas:
+            if names or delta.item_names:
+                held = delta.places[delta.places < n]
+                evicted = set(keys[held].tolist()) - set(delta.keys.tolist())
+                names = {key: name for key, name in names.items() if key not in evicted} | delta.item_names
             keys[delta.places], rows[delta.places] = delta.keys, delta.rows
             items[delta.places] = delta.items
-            names = {**names, **delta.item_names} if delta.item_names else names
+            n = delta.size
         return Weights(deltas[-1].dense, keys, rows, items, names)
 
 
@@ -100,7 +105,7 @@ class Delta:
     keys: Keys  # (m,) as now at these places: one that was evicted is at none
     rows: npt.NDArray[np.float32]  # (m, d)
     items: npt.NDArray[np.bool_]  # (m,)
-    item_names: dict[int, str]  # those that came since
+    item_names: dict[int, str]  # of the items among these
 
     def __post_init__(self) -> None:
         _require_rows(self.keys, self.rows, self.items)

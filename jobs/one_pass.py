@@ -58,6 +58,14 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     one.add_argument(
         "--popular-days", type=float, default=7, metavar="DAYS", help="popularity counts these (%(default)s)"
     )
+    one.add_argument(
+        "--vocabulary-rows",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="also the first model under these budgets of embedding rows",
+    )
     one.set_defaults(run=_pass)
     old = commands.add_parser("staleness", help="entropy by the age of the weights that serve")
     old.add_argument(
@@ -151,10 +159,16 @@ def _compare(options: argparse.Namespace) -> None:
     work = _Work.of(options)
     rows: Rows = {}
     first: Predictions | None = None
-    for name in options.models:
+    compared = {name: _configured(name, work.config) for name in options.models}
+    for budget in options.vocabulary_rows:
+        of_train = {"train": work.config.train.model_copy(update={"vocabulary_rows": budget})}
+        compared[f"{options.models[0]}-{budget}-rows"] = compared[options.models[0]].model_copy(
+            update=of_train
+        )
+    for name, unseeded in compared.items():
         rows[name] = []
         for seed in options.seeds:
-            config = _configured(name, _seeded(work.config, seed))
+            config = _seeded(unseeded, seed)
             said = work.made(name, config)
             if said is None:
                 said = work.keep(name, config, _one_pass(work, name, config))
@@ -175,7 +189,7 @@ def _configured(name: str, config: Config) -> Config:
 
 
 def _one_pass(work: _Work, name: str, config: Config) -> Predictions:
-    learner = DLRMLearner(config) if name == DLRM else Learner(config)
+    learner = DLRMLearner(config) if name.startswith(DLRM) else Learner(config)
     with _progress(f"{name} seed {config.train.seed}", len(work.data)) as show:
         return learned(micro_batches(work.data.events(), config), learner, show)
 

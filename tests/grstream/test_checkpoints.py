@@ -1,10 +1,19 @@
 """A checkpoint is complete or absent, verified, and one link of one chain."""
 
+import concurrent.futures
 import pathlib
+import time
 
 import pytest
 
-from grstream.checkpoints import CheckpointConflict, CheckpointStore, CorruptCheckpoint, Record
+from grstream import checkpoints
+from grstream.checkpoints import (
+    CheckpointConflict,
+    CheckpointStore,
+    CorruptCheckpoint,
+    PartMissing,
+    Record,
+)
 from grstream.ledger import Disposition, Ledger, OffsetRange
 
 LEDGER = Ledger([OffsetRange(0, 0, 10, Disposition.TRAINED), OffsetRange(1, 5, 6, Disposition.DEAD_LETTER)])
@@ -84,6 +93,40 @@ def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before_it(
     newest = store.newest()
     assert newest is not None
     assert newest.record.number == 3
+
+
+def test_the_parts_of_other_ranks_are_waited_for_and_verified_as_all_files(store: CheckpointStore) -> None:
+    def part(rank: int, text: bytes) -> None:
+        store.write_part(1, "r", rank, lambda directory: _write(directory / f"part-{rank}", text))
+
+    store.write_part(1, "an earlier run", 1, lambda directory: _write(directory / "part-1", b"stale"))
+    part(2, b"two")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(store.write, record(1), LEDGER, save, 3)
+        time.sleep(0.1)
+        assert not writing.done()
+        assert store.numbers() == []
+        part(1, b"one")
+        found = writing.result()
+    assert (found.directory / "part-1").read_bytes() == b"one"
+    assert (found.directory / "part-2").read_bytes() == b"two"
+    assert {"part-1", "part-2", "learner.pt"} < found.record.files.keys()
+    (found.directory / "part-2").write_bytes(b"too")
+    with pytest.raises(CorruptCheckpoint, match="part-2"):
+        store.load(1)
+
+
+def _write(path: pathlib.Path, text: bytes) -> None:
+    path.write_bytes(text)
+
+
+def test_a_part_that_does_not_come_is_an_error_that_names_the_rank(
+    store: CheckpointStore, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "PARTS_WAIT_S", 0.05)
+    with pytest.raises(PartMissing, match=r"rank 1 did not write its part of checkpoint 1"):
+        store.write(record(1), LEDGER, save, 2)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_pruning_keeps_the_newest(store: CheckpointStore) -> None:

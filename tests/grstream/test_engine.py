@@ -17,7 +17,7 @@ from grstream.model import HSTU
 from grstream.schema import Schema, placed
 from grstream.scores import EngineNotReady, NonFiniteScores, Reuse, UnusableWeights, WrongFeatures
 from grstream.tokens import Kind, Tokens
-from grstream.vocabulary import Vocabulary
+from grstream.vocabulary import vectors_of
 from grstream.weight_store import WeightStore
 from grstream.weights import Manifest, Recipe, Weights, WeightsVersion
 
@@ -77,13 +77,17 @@ def model_of(held: WeightsVersion) -> HSTU:
 
 def plain_tokens(held: WeightsVersion, past: History, context: Keys, at_ms: int, item: Keys) -> Tokens:
     """Token by token: the history, what a request's context changes, and one candidate with its genre."""
-    table = Vocabulary.from_rows(MODEL.dim, 3, held.weights.keys, held.weights.rows)
+    row_of = {key: row for row, key in enumerate(held.weights.keys.tolist())}
+    table = torch.from_numpy(held.weights.rows)
     interleaved = held.manifest.recipe.model.layout == "interleaved"
     memory: list[tuple[torch.Tensor, Kind, int, int]] = []
     known = np.full(2, ABSENT, np.int64)
 
     def vector(*keys: int) -> torch.Tensor:
-        return sum((table.vectors(np.array([k]))[0][0] for k in keys if k != ABSENT), torch.zeros(MODEL.dim))
+        present = np.array([k for k in keys if k != ABSENT], np.int64)
+        rows = np.array([row_of.get(k, -1) for k in present.tolist()], np.int64)
+        found, _ = vectors_of(present, rows, table, 3)
+        return sum(found, torch.zeros(MODEL.dim))
 
     def told(context: Keys, time: int) -> None:
         for before, now in zip(known.tolist(), context.tolist(), strict=True):

@@ -3,6 +3,8 @@
 import dataclasses
 import pathlib
 import socket
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -12,10 +14,16 @@ import torch.multiprocessing as mp
 
 from grstream import config
 from grstream.keys import Namespace, keys_of_ints
-from grstream.learner import Learner, NonFiniteLoss
+from grstream.learner import Learner, NonFiniteLoss, StepReport
 from grstream.microbatch import MicroBatch, Role
 from grstream.ranks import Ranks
+from grstream.shards import Asked, Fetched, Negatives, Shards
+from grstream.weights import Weights
 from tests.grstream.micro_batches import micro_batch, random_batches
+from tests.grstream.old_checkpoints import hold_vocabulary_whole
+from tests.grstream.thread_ranks import together
+
+T = TypeVar("T")
 
 
 def small_config(seed: int = 0, train: dict[str, object] | None = None, **model: object) -> config.Config:
@@ -31,6 +39,8 @@ def small_config(seed: int = 0, train: dict[str, object] | None = None, **model:
 
 def same_weights(one: Learner, other: Learner) -> bool:
     a, b = one.weights(), other.weights()
+    assert a is not None
+    assert b is not None
     return (
         all(np.array_equal(a.dense[name], b.dense[name]) for name in a.dense)
         and np.array_equal(a.keys, b.keys)
@@ -170,18 +180,37 @@ def _train_rank(rank: int, port: int, directory: str) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
     torch.set_num_threads(1)
     learner = Learner(small_config(), Ranks(rank, 2))
-    for batch in random_batches(6, 8):
-        half = _halves(batch)[rank]
-        learner.step(half)
-    target = pathlib.Path(directory) / str(rank)
-    target.mkdir()
-    learner.state().save(target)
+    _learn_part(learner)
+    learner.state().save(pathlib.Path(directory))
     dist.destroy_process_group()
 
 
-def _halves(batch: MicroBatch) -> tuple[MicroBatch, MicroBatch]:
-    """The batch's sequences dealt out to two ranks; the second may be left without any."""
-    cut = (len(batch.users) + 1) // 2
+def _learn_part(learner: Learner) -> list[StepReport]:
+    ranks = learner.ranks
+    return [learner.step(_parts(batch, ranks.world)[ranks.rank]) for batch in random_batches(6, 8)]
+
+
+def in_threads(learners: list[Learner], act: Callable[[Learner], T]) -> list[T]:
+    """What each rank's learner returns; they were made one by one, for there is one seed for all threads."""
+
+    def run(ranks: Ranks) -> T:
+        learner = learners[ranks.rank]
+        learner.ranks = learner.shards.ranks = ranks
+        return act(learner)
+
+    return together(len(learners), run)
+
+
+def _parts(batch: MicroBatch, count: int) -> list[MicroBatch]:
+    """The batch's sequences dealt out to ranks, of which the last may be left without any."""
+    parts, rest = [], batch
+    for left in range(count, 1, -1):
+        first, rest = _cut(rest, -(-len(rest.users) // left))
+        parts.append(first)
+    return [*parts, rest]
+
+
+def _cut(batch: MicroBatch, cut: int) -> tuple[MicroBatch, MicroBatch]:
     events = int(batch.lengths[:cut].sum())
     new = int((batch.roles[:events] != Role.CONTEXT).sum())
     of_sequence, of_new = ("users", "lengths"), ("labels", "partitions", "offsets")
@@ -198,24 +227,122 @@ def _halves(batch: MicroBatch) -> tuple[MicroBatch, MicroBatch]:
     return part(True), part(False)
 
 
-def test_two_ranks_learn_what_one_would_and_stay_equal(tmp_path: pathlib.Path) -> None:
+def loaded(directory: pathlib.Path, world: int, train: dict[str, object] | None = None) -> list[Learner]:
+    learners = [Learner(small_config(train=train), Ranks(rank, world)) for rank in range(world)]
+    for learner in learners:
+        learner.load(directory)
+    return learners
+
+
+def all_weights(learners: list[Learner]) -> Weights:
+    """Of all ranks, by key."""
+    found = in_threads(learners, Learner.weights)
+    assert found[0] is not None
+    assert found[1:] == [None] * (len(found) - 1)
+    at = np.argsort(found[0].keys)
+    return dataclasses.replace(
+        found[0], **{name: getattr(found[0], name)[at] for name in ("keys", "rows", "items")}
+    )
+
+
+def test_ranks_of_a_process_each_learn_as_ranks_of_threads_do(tmp_path: pathlib.Path) -> None:
+    """And what they save is taken up by any number of ranks, every row as it was."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(_train_rank, (port, str(tmp_path)), nprocs=2)
-    ranks = []
-    for rank in (0, 1):
-        ranks.append(Learner(small_config()))
-        ranks[-1].load(tmp_path / str(rank))
-    assert same_weights(*ranks)
-    alone = Learner(small_config())
-    for batch in random_batches(6, 8):
-        alone.step(batch)
-    got, want = ranks[0].weights(), alone.weights()
-    order = np.argsort(got.keys), np.argsort(want.keys)
-    assert np.array_equal(got.keys[order[0]], want.keys[order[1]])
+    learners = [Learner(small_config(), Ranks(rank, 2)) for rank in range(2)]
+    in_threads(learners, _learn_part)
+    threads = all_weights(learners)
+    for world in (1, 2, 3):
+        learners = loaded(tmp_path, world)
+        assert sum(len(learner.vocabulary) for learner in learners) == len(threads.keys)
+        found = all_weights(learners)
+        assert all(np.array_equal(found.dense[name], threads.dense[name]) for name in threads.dense)
+        assert np.array_equal(found.keys, threads.keys)
+        assert np.array_equal(found.rows, threads.rows)
+        assert np.array_equal(found.items, threads.items)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("optimizer", ["adagrad", "adamw"])
+def test_ranks_together_learn_what_one_would_that_holds_everything(
+    world: int, sampled: bool, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients summed over ranks that hold the whole table alike: that is one rank with the whole batch."""
+    train: dict[str, object] = {
+        "full_softmax_items": 0 if sampled else 100,
+        "retrieval_weight": 1.0,
+        "row_optimizer": optimizer,
+        "learning_rate": 1e-3,
+        "row_learning_rate": 0.01,
+    }
+    drawn: dict[int, np.ndarray] = {}
+    fetch = Shards.fetch
+
+    def remembering(self: Shards, asked: Asked, negatives: Negatives | None) -> Fetched:
+        fetched = fetch(self, asked, negatives)
+        assert negatives is not None
+        assert fetched.items is not None
+        drawn[negatives.seed[1]] = fetched.items.keys[fetched.items.sampled]
+        return fetched
+
+    monkeypatch.setattr(Shards, "fetch", remembering)
+    several = [Learner(small_config(train=train), Ranks(rank, world)) for rank in range(world)]
+    said_by = in_threads(several, _learn_part)
+    monkeypatch.setattr(Shards, "fetch", fetch)
+
+    def same(self: Shards, items: np.ndarray, sizes: list[int], negatives: Negatives) -> np.ndarray:
+        return self.vocabulary.lookup(drawn[negatives.seed[1]])
+
+    monkeypatch.setattr(Shards, "_drawn", same)
+    alone = Learner(small_config(train=train))
+    reports = _learn_part(alone)
+    for learner, said in zip(several, said_by, strict=True):
+        for mine, expected in zip(said, reports, strict=True):
+            of = np.argsort(mine.predictions.offsets)
+            assert np.array_equal(mine.predictions.offsets[of], expected.predictions.offsets)
+            np.testing.assert_allclose(
+                mine.predictions.probabilities[of], expected.predictions.probabilities, atol=1e-5
+            )
+            assert mine.ranking_loss == pytest.approx(expected.ranking_loss, rel=1e-5)
+            assert mine.retrieval_loss == pytest.approx(expected.retrieval_loss, rel=1e-5)
+            assert np.array_equal(mine.predictions.ranks[of], expected.predictions.ranks)
+        assert learner.metrics.figures() == pytest.approx(several[0].metrics.figures(), nan_ok=True)
+    got, want = all_weights(several), all_weights([alone])
+    assert np.array_equal(got.keys, want.keys)
+    np.testing.assert_allclose(got.rows, want.rows, atol=1e-4)
     for name in want.dense:
-        assert got.dense[name] == pytest.approx(want.dense[name], abs=2e-3), name
+        np.testing.assert_allclose(got.dense[name], want.dense[name], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_checkpoint_that_holds_the_vocabulary_whole_is_taken_up(tmp_path: pathlib.Path, used: bool) -> None:
+    learner = Learner(small_config())
+    for batch in random_batches(0, 6):
+        learner.step(batch)
+    learner.state().save(tmp_path)
+    hold_vocabulary_whole(tmp_path, used)
+    assert same_weights(loaded(tmp_path, 1)[0], learner)
+    found = all_weights(loaded(tmp_path, 2))
+    assert np.array_equal(found.rows, all_weights([learner]).rows)
+    again = loaded(tmp_path, 1)[0]
+    for batch in random_batches(0, 8)[6:]:
+        one, other = again.step(batch), learner.step(batch)
+        assert np.array_equal(one.predictions.probabilities, other.predictions.probabilities)
+
+
+def test_a_key_that_is_rare_is_predicted_from_its_initial_vector_and_learned_once_it_is_not() -> None:
+    learner = Learner(small_config(train={"admit_after": 3, "retrieval_weight": 1.0}))
+    for step in range(3):
+        assert len(learner.vocabulary) == 0
+        report = learner.step(micro_batch([(step, [], [(3, 1, step)])], step))
+        assert report.predictions.ranks.tolist() == [-1]
+    assert len(learner.vocabulary) == 1
+    report = learner.step(micro_batch([(9, [(3, 1, 1), (4, 1, 2)], [(3, 1, 9)])], 9))
+    assert report.predictions.ranks.tolist() == [0]
+    assert len(learner.vocabulary) == 1, "that it stands in a history is no event about a key"
 
 
 def test_a_learner_in_bf16_says_nearly_what_one_in_fp32_says() -> None:

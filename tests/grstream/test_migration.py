@@ -17,6 +17,7 @@ from grstream.learner import Learner
 from grstream.microbatch import MicroBatch, Role
 from grstream.schema import Schema, SchemaChanged, placed
 from tests.grstream.micro_batches import random_batches
+from tests.grstream.old_checkpoints import hold_vocabulary_whole
 
 OLD = {"actions": ["seen", "liked"], "context": ["place"], "item_features": ["genre"]}
 NEW = {
@@ -248,6 +249,7 @@ def without_names(directory: pathlib.Path, events: dict[str, Any]) -> None:
     for batch in stream(0, 2, old) if events != PLAIN else random_batches(0, 2):
         old.step(batch)
     old.state().save(directory)
+    hold_vocabulary_whole(directory)
     state = torch.load(directory / "learner.pt", weights_only=True)
     del state["recipe"], state["metrics"]["before"]
     torch.save(state, directory / "learner.pt")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -19,10 +20,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from grstream import weight_store
 from grstream.engine import Engine, _Served
 from grstream.histories import History
+from grstream.learner import Learner
+from grstream.publisher import Publisher
+from grstream.ranks import Ranks
+from grstream.shards import owners
+from grstream.vocabulary import VocabularyState
 from grstream.weight_files import OF_DELTA, TOUCHED
 from grstream.weight_store import WeightStore
 from grstream.weights import CorruptWeights, Delta, VersionMissing, Weights, WeightsVersion
 from tests.grstream.publishing import DIM, Run, assert_same, failing, make_config
+from tests.grstream.thread_ranks import together
 
 
 class AnySequence(RuleBasedStateMachine):
@@ -195,6 +202,57 @@ def test_what_is_learned_while_a_version_is_written_goes_with_the_next_one(tmp_p
     assert taken.delta.keys.tolist() == [2]
 
 
+@settings(max_examples=15)
+@given(
+    steps=st.lists(st.lists(st.integers(-9, 9), max_size=6, unique=True), min_size=1, max_size=7),
+    world=st.integers(1, 3),
+    budget=st.sampled_from([None, 9]),
+)
+def test_a_version_holds_the_rows_of_all_ranks_each_in_its_place(
+    steps: list[list[int]], world: int, budget: int | None
+) -> None:
+    storage = pathlib.Path(tempfile.mkdtemp())
+    config = make_config(storage, vocabulary_rows=budget, base_every=3)
+    learners = [Learner(config, Ranks(rank, world)) for rank in range(world)]
+
+    def rank(ranks: Ranks) -> list[VocabularyState]:
+        learner, states = learners[ranks.rank], []
+        learner.ranks = learner.shards.ranks = ranks
+        publisher = Publisher(config, learner)
+        for seed, keys in enumerate(steps):
+            at = np.array(keys, np.int64)
+            at = at[owners(at, world) == ranks.rank]
+            rows = learner.vocabulary.admit(at, at % 2 == 0)
+            learner.vocabulary.name({key: f"item {key}" for key in at[at % 2 == 0].tolist()})
+            gradient = torch.randn(len(rows), DIM, generator=torch.Generator().manual_seed(seed))
+            learner.vocabulary.update(rows, gradient, 0.1)
+            learner.steps += 1
+            publisher.publish({}, 0, wait=True)
+            states.append(learner.vocabulary.state())
+        publisher.close()
+        return states
+
+    expected = list(zip(*together(world, rank), strict=True))
+    store, follower = WeightStore(storage / "weights"), WeightStore(storage / "weights")
+    served = None
+    for number in store.numbers():
+        states = expected[number - 1]
+        held = {
+            key: row.tobytes() for state in states for key, row in zip(state.keys, state.rows, strict=True)
+        }
+        items = {key for state in states for key in state.keys[state.items].tolist()}
+        names = {key: name for state in states for key, name in state.item_names.items()}
+        store.pin(number)
+        served = follower.instead_of(served.number if served else 0) or served
+        assert served is not None
+        for weights in (store.load(number).weights, served.weights):
+            assert {k: r.tobytes() for k, r in zip(weights.keys, weights.rows, strict=True)} == held
+            assert set(weights.keys[weights.items].tolist()) == items
+            assert weights.item_names == names
+    assert store.numbers()[-1] == len(steps)
+    shutil.rmtree(storage)
+
+
 def test_a_key_that_was_evicted_and_came_back_has_what_it_learned_since(tmp_path: pathlib.Path) -> None:
     run = Run(make_config(tmp_path, vocabulary_rows=2))
     reader = WeightStore(tmp_path / "weights")
@@ -220,11 +278,15 @@ def test_a_copy_for_a_delta_is_of_the_touched_rows_alone(
     run.publish()
     run.learn([10, 20], seed=1)
 
-    def state() -> None:
-        raise AssertionError("the whole table was copied")
+    gather, copied = run.learner.vocabulary.gather, list[int]()
 
-    monkeypatch.setattr(run.learner.vocabulary, "state", state)
+    def counted(rows: np.ndarray) -> torch.Tensor:
+        copied.append(len(rows))
+        return gather(rows)
+
+    monkeypatch.setattr(run.learner.vocabulary, "gather", counted)
     taken = run.learner.taken(whole=False)
+    assert copied == [2]
     assert taken.weights is None
     assert taken.delta.rows.shape == (2, DIM)
 

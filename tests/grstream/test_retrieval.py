@@ -84,7 +84,7 @@ def test_over_all_samples_the_sampled_sum_is_the_sum_over_all_items(in_batch: in
     popularity = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
     mean = torch.zeros(3, dtype=torch.float64)
     for probability, sampled in samples(popularity, in_batch, uniform):
-        counts = expected_counts(popularity, sampled, in_batch, uniform)
+        counts = expected_counts(popularity[sampled], in_batch, uniform, len(popularity))
         losses = sampled_softmax(u, table[targets], table[sampled], targets, sampled, counts.log())
         mean += probability * (losses + (u * table[targets]).sum(1)).exp()  # the estimate of Z
     torch.testing.assert_close(mean, (u @ table.T).exp().sum(1))
@@ -106,7 +106,7 @@ def test_the_more_is_sampled_the_nearer_loss_and_gradients_come_to_the_full_soft
                     torch.randint(6, (size // 2,), generator=random),
                 )
             )
-            counts = expected_counts(popularity, sampled, size // 2, size // 2)
+            counts = expected_counts(popularity[sampled], size // 2, size // 2, len(popularity))
             losses = sampled_softmax(u, table[targets], table[sampled], targets, sampled, counts.log())
             found = (losses, *torch.autograd.grad(losses.mean(), (u, table)))
             error += torch.stack([(f - e).norm() / e.norm() for f, e in zip(found, exact, strict=True)]) / 20
@@ -128,5 +128,5 @@ def test_without_the_correction_what_is_popular_weighs_too_much() -> None:
         losses = sampled_softmax(u, table[targets], table[sampled], targets, sampled, counts.log())
         return (losses - full).abs().max().item()
 
-    assert error(expected_counts(popularity, sampled, len(sampled), 0)) < 0.15
+    assert error(expected_counts(popularity[sampled], len(sampled), 0, len(popularity))) < 0.15
     assert error(torch.full((len(sampled),), len(sampled) / 6, dtype=torch.float64)) > 1

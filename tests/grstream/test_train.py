@@ -25,11 +25,13 @@ from grstream.journal import Mark, lineage
 from grstream.kafka import BrokerUnavailable, TopicMissing, create_topic, producer
 from grstream.keys import partition_key
 from grstream.learner import Learner
+from grstream.learner_state import LearnerState
 from grstream.ledger import Disposition, Ledger, OffsetRange
 from grstream.microbatch import MicroBatch
 from grstream.ranks import Ranks
 from grstream.reader import LogTruncated
 from grstream.schema import SchemaChanged
+from grstream.shards import owners
 from grstream.snapshot_files import SnapshotFiles
 from grstream.source import ReadersNotStarted
 from grstream.strays import StrayUsers
@@ -416,6 +418,21 @@ def job(tmp_path_factory: pytest.TempPathFactory, kafka_bootstrap: str) -> Strea
     return Stream(config)
 
 
+def keys_of_ranks(config: configs.Config, ranks: int) -> set[int]:
+    """The vocabulary's keys in the newest checkpoint, every one in the part of the rank that owns it.
+
+    Rows are as old as their counts say: each event that was trained is counted at its item, once.
+    """
+    found = CheckpointStore(config.storage / "checkpoints").newest()
+    assert found is not None
+    _, parts = LearnerState.read(found.directory)
+    assert len(parts) == ranks
+    for rank, part in enumerate(parts):
+        assert (owners(part.keys, ranks) == rank).all()
+    assert sum(int(part.counts.sum()) for part in parts) == found.record.events
+    return {key for part in parts for key in part.keys.tolist()}
+
+
 @pytest.mark.kafka
 @pytest.mark.ray_cluster
 class TestJob:
@@ -431,11 +448,20 @@ class TestJob:
         found = audit(job.config)
         assert found.passed
         assert sum(final.settled.values()) == 1200
+        assert len(keys_of_ranks(job.config, 2)) > 150
 
-    def test_one_rank_goes_on_where_two_left_off(self, cluster: None, job: Stream) -> None:
-        config = job.config.model_copy(update={"train": job.config.train.model_copy(update={"workers": 1})})
+    @pytest.mark.parametrize("workers", [1, 3])
+    def test_another_number_of_ranks_goes_on_where_others_left_off(
+        self, cluster: None, job: Stream, workers: int
+    ) -> None:
+        before = keys_of_ranks(job.config, {1: 2, 3: 1}[workers])
+        if workers == 3:
+            job.send(500)
+        of_train = {"train": job.config.train.model_copy(update={"workers": workers})}
+        config = job.config.model_copy(update=of_train)
         final = train(config, Until.parse("now", config))
         assert final is not None
+        assert before <= keys_of_ranks(config, workers)
         found = audit(config)
         assert found.passed
         assert sum(final.settled.values()) == job.sent

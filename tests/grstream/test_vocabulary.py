@@ -6,14 +6,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grstream.candidates import Candidates
 from grstream.keys import INT64_MAX, INT64_MIN
-from grstream.vocabulary import INITIAL_STD, Vocabulary, initial_rows
+from grstream.vocabulary import INITIAL_STD, Vocabulary, VocabularyState, initial_rows
 
 key_sets = st.lists(st.integers(INT64_MIN, INT64_MAX), min_size=1, max_size=30, unique=True)
 
 
 def no_items(keys: np.ndarray) -> np.ndarray:
     return np.zeros(len(keys), bool)
+
+
+def revived(state: VocabularyState, vocabulary: Vocabulary) -> Vocabulary:
+    vocabulary.restore(state)
+    return vocabulary
 
 
 @given(keys=key_sets, seed=st.integers(0, 5), order=st.randoms())
@@ -70,20 +76,85 @@ def test_adagrad_is_rowwise_and_only_for_touched_rows() -> None:
     assert torch.equal(vocabulary.gather(rows[1:]), start[1:]), "no gradient, no change"
 
 
-def test_restored_state_goes_on_the_same() -> None:
-    keys = np.array([5, -7, 11])
-    one = Vocabulary(3, seed=4)
-    rows = one.admit(keys, np.array([True, False, True]))
-    one.item_names[5] = "five"
-    one.update(rows, torch.ones(3, 3), 0.1)
-    other = Vocabulary.from_state(one.state(), seed=4)
+@pytest.mark.parametrize("optimizer", ["adagrad", "adamw"])
+def test_restored_state_goes_on_the_same(optimizer: str) -> None:
+    def empty() -> Vocabulary:
+        return Vocabulary(3, seed=4, optimizer=optimizer, candidates=Candidates(2, 10))
+
+    keys = np.array([5, -7, 11, 6])
+    one = empty()
+    rows = one.admit(keys, np.array([True, False, True, True]), np.array([2, 3, 2, 1]))
+    one.name({5: "five", 6: "no row yet"})
+    one.update(rows[:3], torch.ones(3, 3), 0.1)
+    other = revived(one.state(), empty())
     for vocabulary in (one, other):
-        vocabulary.update(rows, torch.full((3, 3), 0.5), 0.1)
+        rows = vocabulary.admit(keys, no_items(keys))
+        assert rows.tolist() == [0, 1, 2, 3]
+        vocabulary.update(rows, torch.full((4, 3), 0.5), 0.1)
     a, b = one.state(), other.state()
     assert np.array_equal(a.rows, b.rows)
-    assert np.array_equal(a.squares, b.squares)
+    assert a.optimizer.keys() == b.optimizer.keys()
+    assert all(np.array_equal(a.optimizer[name], b.optimizer[name]) for name in a.optimizer)
     assert np.array_equal(a.items, b.items)
+    assert np.array_equal(a.used, b.used)
     assert a.item_names == b.item_names == {5: "five"}
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "adamw"])
+def test_many_updates_of_some_rows_are_those_of_float64(optimizer: str) -> None:
+    random = np.random.default_rng(0)
+    keys = np.arange(20)
+    vocabulary = Vocabulary(4, optimizer=optimizer)
+    vocabulary.admit(keys, no_items(keys))
+    table = initial_rows(keys, 4, 0).double().numpy()
+    mean, square, steps = np.zeros((20, 4)), np.zeros(20), np.zeros(20)
+    for _ in range(50):
+        rows = random.choice(20, 7, replace=False)
+        gradient = random.standard_normal((7, 4))
+        vocabulary.update(rows, torch.from_numpy(gradient).float(), 0.01)
+        squared = (gradient**2).mean(1)
+        if optimizer == "adagrad":
+            square[rows] += squared
+            table[rows] -= 0.01 * gradient / np.sqrt(square[rows])[:, None]
+            continue
+        steps[rows] += 1
+        mean[rows] = 0.9 * mean[rows] + 0.1 * gradient
+        square[rows] = 0.999 * square[rows] + 0.001 * squared
+        corrected = square[rows] / (1 - 0.999 ** steps[rows])
+        unbiased = mean[rows] / (1 - 0.9 ** steps[rows])[:, None]
+        table[rows] -= 0.01 * unbiased / (np.sqrt(corrected) + 1e-8)[:, None]
+    np.testing.assert_allclose(vocabulary.gather(keys).numpy(), table, atol=2e-6)
+
+
+def test_below_the_threshold_a_key_has_its_initial_vector_and_no_row() -> None:
+    vocabulary = Vocabulary(2, candidates=Candidates(3, 100))
+    keys, items = np.array([4, 6]), np.array([True, True])
+    assert vocabulary.admit(keys, items, np.array([2, 1])).tolist() == [-1, -1]
+    assert not vocabulary.vectors(keys)[1].any()
+    assert torch.equal(vocabulary.vectors(keys)[0], initial_rows(keys, 2, 0))
+    assert len(vocabulary.item_rows()) == 0
+    assert vocabulary.admit(keys, items, np.array([1, 1])).tolist() == [0, -1]
+    assert vocabulary.admit(keys, items, np.array([0, 0])).tolist() == [0, -1]
+    assert vocabulary.keys_of(vocabulary.item_rows()).tolist() == [4]
+
+
+@given(
+    steps=st.lists(st.lists(st.integers(-20, 20), min_size=1, max_size=8, unique=True), max_size=25),
+    budget=st.integers(1, 30),
+)
+def test_a_vocabulary_restored_under_a_lower_budget_keeps_what_was_used_last(steps, budget) -> None:
+    whole = Vocabulary(2)
+    for keys in steps:
+        whole.update(whole.admit(np.array(keys), no_items(np.array(keys))), torch.ones(len(keys), 2), 0.1)
+    state = whole.state()
+    small = revived(state, Vocabulary(2, budget=budget))
+    assert len(small) == min(budget, len(whole))
+    got = small.state()
+    assert set(got.keys) <= set(state.keys)
+    assert np.array_equal(got.rows, whole.vectors(got.keys)[0].numpy())
+    left = set(state.keys) - set(got.keys)
+    if left:
+        assert max(state.used[whole.lookup(np.array(sorted(left)))]) <= got.used.min()
 
 
 def test_initial_vectors_have_the_stated_spread_and_differ_by_seed() -> None:
@@ -128,7 +199,7 @@ def test_beyond_the_budget_the_key_used_least_recently_goes_and_leaves_nothing(
     most = budget
     for at, keys in enumerate(steps):
         if at == restored:
-            vocabulary = Vocabulary.from_state(vocabulary.state(), seed=0, budget=budget)
+            vocabulary = revived(vocabulary.state(), Vocabulary(2, budget=budget))
         array = np.array(keys)
         known = vocabulary.lookup(array) >= 0
         rows = vocabulary.admit(array, array % 2 == 0)
@@ -151,17 +222,34 @@ def test_beyond_the_budget_the_key_used_least_recently_goes_and_leaves_nothing(
         assert set(vocabulary.keys_of(vocabulary.item_rows()).tolist()) == {k for k in held if k % 2 == 0}
 
 
-def test_an_evicted_key_leaves_neither_its_count_nor_its_optimizer_but_its_name() -> None:
-    vocabulary = Vocabulary(2, budget=1)
+@pytest.mark.parametrize("optimizer", ["adagrad", "adamw"])
+def test_an_evicted_key_leaves_neither_its_count_nor_its_optimizer_nor_its_name(optimizer: str) -> None:
+    vocabulary = Vocabulary(2, budget=1, optimizer=optimizer)
     first, second = np.array([4]), np.array([6])
     rows = vocabulary.admit(first, np.array([True]))
-    vocabulary.item_names[4] = "four"
+    vocabulary.name({4: "four"})
+    assert vocabulary.item_names == {4: "four"}
     vocabulary.count(rows)
     vocabulary.update(rows, torch.ones(1, 2), 0.1)
     assert vocabulary.admit(second, np.array([True])).tolist() == rows.tolist()
     state = vocabulary.state()
     assert state.keys.tolist() == [6]
-    assert state.item_names == {4: "four"}, "a history that has it brings it back without its name"
+    assert state.item_names == {}
     assert state.counts.tolist() == [0]
-    assert state.squares.tolist() == [0.0]
+    assert vocabulary.events == 0
+    assert not any(column.any() for column in state.optimizer.values())
     assert vocabulary.evicted == 1
+
+
+def test_an_item_that_comes_back_by_way_of_a_history_may_be_retrieved_once_an_event_has_named_it() -> None:
+    vocabulary = Vocabulary(2, budget=1)
+    for key in (4, 6):
+        vocabulary.admit(np.array([key]), np.array([True]))
+        vocabulary.name({key: str(key)})
+    vocabulary.admit(np.array([4]), np.array([False]))
+    assert vocabulary.item_names == {}
+    assert len(vocabulary.item_rows()) == 0
+    vocabulary.admit(np.array([4]), np.array([True]))
+    vocabulary.name({4: "4"})
+    assert vocabulary.keys_of(vocabulary.item_rows()).tolist() == [4]
+    assert vocabulary.item_names == {4: "4"}
