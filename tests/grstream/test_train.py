@@ -308,8 +308,10 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_touch_it(
     one.load(found.directory)
     other.load(expected.directory)
     assert one.weights().rows.tobytes() == other.weights().rows.tobytes()
+    squares, of_squares = (learner.vocabulary.state().optimizer["squares"] for learner in (one, other))
+    assert squares.tobytes() == of_squares.tobytes()
     for part in ("model", "optimizer"):
-        held, wanted = (_tensors(learner.state().held[part]) for learner in (one, other))
+        held, wanted = (_tensors(learner.state().common[part]) for learner in (one, other))
         assert len(held) > 10
         assert all(torch.equal(a, b) for a, b in zip(held, wanted, strict=True))
     assert one.metrics.figures() == pytest.approx(other.metrics.figures(), nan_ok=True)
