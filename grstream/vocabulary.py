@@ -63,7 +63,7 @@ def vectors_of(
 class Touched(NamedTuple):
     """What no published version carries yet. Taking it changes nothing: `Vocabulary.carried` does."""
 
-    rows: npt.NDArray[np.int64]  # (m,) ascending: new, given to another key, or updated
+    rows: npt.NDArray[np.int64]  # (m,) ascending: new, given to another key, named, or updated
     names: dict[int, str]  # of the items among them
     mark: int  # up to which a version carries what was touched
 
@@ -217,9 +217,11 @@ class Vocabulary:
     def name(self, names: Mapping[int, str]) -> None:
         """Keep the names of items that have a row. An item without one brings it again, with an event."""
         if names:
-            has_row = self._table.find(np.fromiter(names, np.int64, len(names))) >= 0
-            kept = zip(names.items(), has_row.tolist(), strict=True)
-            self.item_names.update(named for named, known in kept if known)
+            rows = self._table.find(np.fromiter(names, np.int64, len(names))).tolist()
+            kept = zip(names.items(), rows, strict=True)
+            new = {row: named for named, row in kept if row >= 0 and named not in self.item_names.items()}
+            self.item_names.update(new.values())
+            self._touched_at[list(new)] = self._moment  # a name alone is a change, too
 
     def _evict(self, count: int) -> None:
         """Forget keys that are not part of this admission, least recently used first, as many as there are.

@@ -65,7 +65,7 @@ class Run:
         draw = torch.Generator().manual_seed(seed)
         vocabulary.update(rows, torch.randn(len(rows), DIM, generator=draw), 0.1)
         if named:
-            vocabulary.item_names.update({key: f"item {key}" for key in keys})
+            vocabulary.name({key: f"item {key}" for key in keys})
         with torch.no_grad():
             for parameter in self.learner.model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.01)

@@ -241,6 +241,18 @@ def test_an_evicted_key_leaves_neither_its_count_nor_its_optimizer_nor_its_name(
     assert vocabulary.evicted == 1
 
 
+def test_a_name_that_comes_alone_is_a_change_that_the_next_version_carries() -> None:
+    vocabulary = Vocabulary(2)
+    vocabulary.admit(np.array([7, 8]), np.array([True, True]))
+    vocabulary.carried(vocabulary.touched().mark, 1)
+    assert vocabulary.touched().rows.tolist() == []
+    vocabulary.name({8: "eight", 9: "has no row"})
+    assert vocabulary.touched()[:2] == (vocabulary.lookup(np.array([8])), {8: "eight"})
+    vocabulary.carried(vocabulary.touched().mark, 2)
+    vocabulary.name({8: "eight"})
+    assert vocabulary.touched().rows.tolist() == []
+
+
 def test_an_item_that_comes_back_by_way_of_a_history_may_be_retrieved_once_an_event_has_named_it() -> None:
     vocabulary = Vocabulary(2, budget=1)
     for key in (4, 6):
