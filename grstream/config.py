@@ -152,6 +152,11 @@ class ModelConfig(Section):
     absolute_positions: int = pydantic.Field(
         0, ge=0, description="learned vectors of absolute position, the last one for all beyond; 0: none"
     )
+    popularity_days: list[Annotated[float, pydantic.Field(gt=0)]] = pydantic.Field(
+        [],
+        description="half-lives, in days of event time, of the counts of an item's events by which retrieval "
+        "knows what is popular now; none: it does not",
+    )
     dropout: float = pydantic.Field(0.0, ge=0, lt=1, description="of the input and of each layer's output")
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -208,6 +213,9 @@ class TrainConfig(Section):
     )
     weight_decay: float = pydantic.Field(0.0, ge=0)
     retrieval_weight: float = pydantic.Field(0.02, ge=0, description="retrieval loss beside the ranking loss")
+    retrieval_temperature: float = pydantic.Field(
+        0.05, gt=0, description="divides the retrieval loss's cosines: with less, one item stands out sooner"
+    )
     negatives: int = pydantic.Field(256, ge=1, description="uniform negatives a step beside in-batch ones")
     full_softmax_items: int = pydantic.Field(
         0, ge=0, description="up to so many items all are the negatives of every event"

@@ -31,8 +31,8 @@ HIDDEN = 36  # of the network that weighs an event, as in DIN's own code
 class DLRM(Model):
     """The network and its heads."""
 
-    def __init__(self, dim: int, actions: int) -> None:
-        super().__init__()
+    def __init__(self, dim: int, actions: int, horizons: int = 0) -> None:
+        super().__init__(horizons)
         self.actions = nn.Parameter(torch.randn(actions, dim) * dim**-0.5)
         self.positions = nn.Embedding(POSITION_BUCKETS, dim)
         self.ages = nn.Embedding(TIME_BUCKETS, dim)
@@ -101,7 +101,8 @@ class DLRMLearner(Learner):
         super().__init__(config)
 
     def _build(self) -> Model:
-        return DLRM(self.config.model.dim, len(self.config.events.actions))
+        model = self.config.model
+        return DLRM(model.dim, len(self.config.events.actions), len(model.popularity_days))
 
     def _outputs(self, events: Events, new: Tensor) -> Outputs:
         ranking, retrieval = self.model(events, new)

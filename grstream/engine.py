@@ -33,7 +33,7 @@ from grstream.scores import (
     WrongFeatures,
 )
 from grstream.tokens import Events, Kind, Tokens, candidate_kind, changed_context, memory_tokens
-from grstream.weights import Manifest, Weights, WeightsVersion
+from grstream.weights import PRIOR, Manifest, Weights, WeightsVersion
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class _Served:
     items: npt.NDArray[np.bool_]  # (n,) which places hold an item
     item_keys: Keys  # (i,) of these, in the order of places
     item_vectors: torch.Tensor  # (i, d)
+    prior: torch.Tensor  # (i,) what is added to an item's score in retrieval
 
     @property
     def interleaved(self) -> bool:
@@ -143,7 +144,7 @@ class Engine:
         exclude: Keys | None = None,
         user: int | None = None,
     ) -> Retrieved:
-        """The k items nearest to the user's vector at `at_ms`, by exact search.
+        """The k items of the highest score at `at_ms`, by exact search: user · item vector + prior.
 
         Raises EngineNotReady and WrongFeatures.
         """
@@ -163,7 +164,7 @@ class Engine:
             nothing = newest.new_zeros(newest.shape)
             (request,) = self._micro_batches(nothing, int(cache.lengths), at_ms, Kind.REQUEST)
             user_vector = served.model.user_vectors(newest + served.model.score(cache, request))  # (1, d)
-        scores = (user_vector @ served.item_vectors.T)[0].float()  # (n,)
+        scores = (user_vector @ served.item_vectors.T)[0].float() + served.prior  # (n,)
         _require_finite_scores(served, scores)
         allowed = len(scores)
         if exclude is not None and len(exclude):
@@ -219,9 +220,13 @@ def _build(
             f"configured: {problem}"
         )
     model = HSTU(recipe.model, actions=len(recipe.actions))
+    dense = {name: torch.from_numpy(np.array(a)) for name, a in weights.dense.items()}
+    prior = dense.pop(PRIOR, torch.zeros(len(weights.keys)))
     try:
-        model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in weights.dense.items()})
-    except RuntimeError as error:
+        if prior.shape != (len(weights.keys),):
+            raise ValueError(f"the prior is of shape {tuple(prior.shape)} for {len(weights.keys)} keys")
+        model.load_state_dict(dense)
+    except (RuntimeError, ValueError) as error:
         raise UnusableWeights(
             f"weights version {version.number} is not what its recipe describes: {error}"
         ) from error
@@ -251,6 +256,7 @@ def _build(
         items=weights.items,
         item_keys=weights.keys[weights.items],
         item_vectors=vectors,
+        prior=prior[torch.from_numpy(weights.items)].to(device),
     )
 
 

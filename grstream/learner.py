@@ -27,14 +27,13 @@ from grstream.model import HSTU, Model
 from grstream.places import Part, Places
 from grstream.quality import WindowedQuality
 from grstream.ranks import Ints, Ranks
-from grstream.retrieval import expected_counts, full_softmax, sampled_softmax
+from grstream.retrieval import full_softmax, sampled_softmax, stratified
 from grstream.shards import Asked, Fetched, Items, Negatives, Shards, dealt, shard
 from grstream.stochastic_length import kept_events
 from grstream.tokens import Events, changed_context, context_before, training_tokens
 from grstream.vocabulary import Vocabulary, on
-from grstream.weights import Delta, Recipe, Weights
+from grstream.weights import PRIOR, Delta, Recipe, Weights
 
-RETRIEVAL_TEMPERATURE = 0.05
 GRADIENT_NORM = 1.0  # dense gradients are clipped here: one odd batch must not throw the model off
 PROBES = 64  # new events a step whose item is ranked among all items, which costs a pass over the table
 
@@ -83,7 +82,7 @@ class Learner:
         self.ranks = ranks or Ranks()
         self.device = torch.device(device)
         self.model = self._build().to(self.device)
-        self.shards = Shards(shard(config.model.dim, config.train, self.ranks, self.device), self.ranks)
+        self.shards = Shards(self._shard(), self.ranks)
         self._places = Places()
         self.metrics = StreamMetrics(config.events.actions, config.train.recent_events)
         self.quality = WindowedQuality(config.events.actions, config.quality)
@@ -99,8 +98,12 @@ class Learner:
         """This rank's part."""
         return self.shards.vocabulary
 
+    def _shard(self) -> Vocabulary:
+        model = self.config.model
+        return shard(model.dim, self.config.train, self.ranks, self.device, model.popularity_days)
+
     def _build(self) -> Model:
-        return HSTU(self.config.model, actions=len(self.config.events.actions))
+        return HSTU(self.config.model, actions=len(self.config.events.actions)).begin_at_newest_item()
 
     def step(self, batch: MicroBatch) -> StepReport:
         """Predict the new events, then learn from them. Raises NonFiniteLoss, having changed nothing."""
@@ -192,6 +195,7 @@ class Learner:
             items=(items & of_new)[present],
             new=of_new[present],
             targets=batch.items[new],
+            times=batch.times[new],
             acted=acted,
             names=batch.item_names,
         )
@@ -270,24 +274,32 @@ class Learner:
         """Softmax over all items or over a sample, a mean over all ranks' events of which this is its part.
 
         The sample is the items of the step's own events on all ranks, which are popular ones, and the
-        uniform ones, which also reach what nobody takes; logQ corrects for how often each is drawn. An event
-        without an action, or whose item has no row yet, is no positive.
+        uniform ones, which stand for all the others. An event without an action, or whose item has no row
+        yet, is no positive.
         """
         if items is None or not len(items.wanted):
             return users.sum() * 0
-        asking = self.model.user_vectors(users[self._on_device(items.wanting)]) / RETRIEVAL_TEMPERATURE
+        # An item that the step meets first could not have been found, and has no popularity yet. Its event is
+        # set against the others by vectors alone, or it would teach the prior to look for what is not known.
+        known = self._on_device(~items.fresh[items.wanted])
+        asking = self.model.user_vectors(users[self._on_device(items.wanting)])
+        asking = torch.cat((asking, known.to(asking.dtype).unsqueeze(1)), 1)
+        asking = asking / self.config.train.retrieval_temperature
         count = max(len(items.in_batch), 1)
+
+        def with_prior(which: Ints | slice) -> torch.Tensor:
+            vectors = self.model.item_vectors(table[self._on_device(items.places[which])])
+            prior = self.model.prior(self._on_device(items.popularity[which]))
+            return torch.cat((vectors, prior.unsqueeze(1)), 1)
+
+        wanted = self._on_device(items.wanted)
         if items.total <= self.config.train.full_softmax_items:
-            vectors = self.model.item_vectors(table[self._on_device(items.places)])
-            return full_softmax(asking, vectors, self._on_device(items.wanted)).sum() / count
-        candidates = np.concatenate([items.in_batch, items.sampled])
-        shares = torch.from_numpy(items.shares(candidates))
-        logs = expected_counts(shares, len(items.in_batch), len(items.sampled), items.total).log()
-        vectors = self.model.item_vectors(table[self._on_device(items.places[candidates])])
-        positives = self.model.item_vectors(table[self._on_device(items.places[items.wanted])])
-        wanted, among = self._on_device(items.wanted), self._on_device(candidates)
+            return full_softmax(asking, with_prior(slice(None)), wanted).sum() / count
+        own, drawn = torch.from_numpy(items.in_batch), torch.from_numpy(items.sampled)
+        among, logs = stratified(own, drawn, items.total)
         losses = sampled_softmax(
-            asking, positives, vectors, wanted, among, logs.to(self.device, non_blocking=True)
+            *(asking, with_prior(items.wanted), with_prior(among.numpy()), wanted),
+            *(among.to(self.device, non_blocking=True), logs.to(self.device, non_blocking=True)),
         )
         return losses.sum() / count
 
@@ -327,7 +339,8 @@ class Learner:
         if not self.config.train.retrieval_weight:
             return outputs.new_empty(0), 0
         users = self.model.user_vectors(outputs[:PROBES])
-        return self.shards.ranks_of(users, targets[:PROBES], self.model.item_vectors, without)
+        vectors, prior = self.model.item_vectors, self.model.prior
+        return self.shards.ranks_of(users, targets[:PROBES], vectors, prior, without)
 
     def _gradients(
         self, losses: torch.Tensor, table: torch.Tensor, fetched: Fetched
@@ -360,18 +373,29 @@ class Learner:
         rows, names, mark = held.touched()
         touched = None if version is None else Part.of(held, rows, names)
         every = Part.of(held, np.arange(len(held)), held.item_names) if whole or touched is None else None
-        told = self.ranks.collect((len(held), touched, every))
+        told = self.ranks.collect((len(held), touched, every, self._prior()))
         if told is None:
             return None
-        self._places.grow([size for size, _, _ in told])
+        self._places.grow([size for size, *_ in told])
         dense = {name: t.detach().cpu().numpy().copy() for name, t in self.model.state_dict().items()}
+        if self.config.model.popularity_days:
+            dense[PRIOR] = self._places.of_every_row([prior for *_, prior in told])
         weights, delta = None, None
         if every is not None:
-            weights = Weights(dense=dense, **self._places.laid_out([part for _, _, part in told if part])[1])
+            _, columns = self._places.laid_out([part for _, _, part, _ in told if part])
+            weights = Weights(dense=dense, **columns)
         if version is not None:
-            places, columns = self._places.laid_out([part for _, part, _ in told if part])
+            places, columns = self._places.laid_out([part for _, part, _, _ in told if part])
             delta = Delta(previous=version, size=self._places.size, dense=dense, places=places, **columns)
         return Taken(weights, delta, held, mark)
+
+    @torch.no_grad()
+    def _prior(self) -> npt.NDArray[np.float32]:
+        """What popularity adds to the score of each key of this rank, by row: (n,); empty without a prior."""
+        held = self.vocabulary
+        rows = np.arange(len(held) if self.config.model.popularity_days else 0)
+        prior = self.model.prior(self._on_device(held.popularity(rows)))
+        return np.asarray(prior.cpu(), np.float32)
 
     # -- state ------------------------------------------------------------------------------------------
 
@@ -405,7 +429,7 @@ class Learner:
         shapes = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
         recipe = Recipe.of(self.config)
         migrated = migration.fit(common, recipe, self._optimizer, shapes, self._new_parameters)
-        held = shard(self.config.model.dim, self.config.train, self.ranks, self.device)
+        held = self._shard()
         held.restore(dealt(parts, self.ranks))
         self.shards, self._places = Shards(held, self.ranks), Places()
         self.steps = common["steps"]

@@ -91,7 +91,9 @@ def _vocabulary(held: dict[str, Any]) -> VocabularyState:
 def _before_parts(held: dict[str, Any]) -> VocabularyState:
     """Of a checkpoint that held all in one; before rows had a budget it did not say when they were used."""
     used = held.pop("used", np.zeros(len(held["keys"]), np.int64))
-    squares = held.pop("squares")
+    squares, counted = held.pop("squares"), held.pop("counts", None)
+    if counted is not None:  # without times, before retrieval had a prior
+        held |= {"levels": np.empty((len(counted), 0)), "clock_ms": 0}
     return VocabularyState(
         **held,
         used=used,

@@ -84,7 +84,18 @@ class Cache:
 
 
 class Model(nn.Module, abc.ABC):
-    """What a learner asks of a model besides outputs: what they say of actions, and of which items."""
+    """What a learner asks of a model besides outputs: what they say of actions, and of which items.
+
+    Retrieval ranks items by user · item vector plus a prior, which knows how popular an item is now.
+    """
+
+    def __init__(self, horizons: int) -> None:
+        super().__init__()
+        self.popularity = nn.Parameter(torch.zeros(horizons)) if horizons else None
+
+    def prior(self, popularity: Tensor) -> Tensor:
+        """`Vocabulary.popularity` of items (N, horizons) to what is added to their scores: (N,)."""
+        return popularity.sum(1) if self.popularity is None else popularity @ self.popularity
 
     @abc.abstractmethod
     def action_logits(self, query: Tensor) -> Tensor: ...
@@ -100,7 +111,7 @@ class HSTU(Model):
     """The encoder with its ranking and retrieval heads, for `actions` configured actions."""
 
     def __init__(self, config: "ModelConfig", actions: int) -> None:
-        super().__init__()
+        super().__init__(horizons=len(config.popularity_days))
         d = config.dim
         layers = nn.ModuleList(LAYERS[config.encoder](config) for _ in range(config.layers))
         self.layers = cast(Sequence[Layer], layers)
@@ -114,6 +125,18 @@ class HSTU(Model):
             nn.LayerNorm(d, LAYER_NORM_EPSILON), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, actions)
         )
         self.retrieval = nn.Sequential(nn.LayerNorm(d, LAYER_NORM_EPSILON), nn.Linear(d, d))
+
+    def begin_at_newest_item(self) -> "HSTU":
+        """Have user vectors begin as the newest token, which carries its item.
+
+        On a stream users come back to what they have just met. Where no item comes twice, or the items say
+        nothing of one another, a random start learns sooner.
+        """
+        _, linear = self.retrieval
+        assert isinstance(linear, nn.Linear)
+        nn.init.eye_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        return self
 
     # The three faces ------------------------------------------------------------------------------------
 

@@ -50,6 +50,13 @@ class Places:
                 self._of_rank[rank] = np.concatenate([self._of_rank[rank], new])
                 self.size += more
 
+    def of_every_row(self, columns: Sequence[npt.NDArray]) -> npt.NDArray:
+        """What each rank says of its rows, by place: (size,)."""
+        laid = np.zeros(self.size, columns[0].dtype)
+        for places, column in zip(self._of_rank, columns, strict=True):
+            laid[places] = column
+        return laid
+
     def laid_out(self, parts: Sequence[Part]) -> tuple[Ints, dict[str, Any]]:
         """The places, ascending, of rows of every rank, and what stands there: as `Delta` has it."""
         places = np.concatenate([of[part.rows] for of, part in zip(self._of_rank, parts, strict=True)])

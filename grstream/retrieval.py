@@ -6,6 +6,7 @@ exact and, on a CPU, cheaper than gathering negatives up to some thousands of it
 for all of them, without bias towards what is popular.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -90,12 +91,33 @@ def sampled_softmax(
 
     which has no bias: the positive stands in the sum once, for itself, with probability one, and every other
     item, however often it is drawn, counts once on average (the logQ correction; Bengio & Senécal 2008). A
-    sample may be drawn from several distributions (in-batch and uniform): `expected_counts` adds them up.
+    sample may be drawn from several distributions: `expected_counts` adds up those that are known, as a data
+    set's are, `stratified` needs to know none.
     """
     positive = (users * positives).sum(1, keepdim=True)
     logits = users @ candidates.T - log_counts
     logits = logits.masked_fill(targets.unsqueeze(1) == sampled, -torch.inf)
     return torch.logsumexp(torch.cat((positive, logits), 1), 1) - positive.squeeze(1)
+
+
+def stratified(
+    own: Tensor,  # (B,) ids of items that are candidates whatever is drawn, targets' among them
+    drawn: Tensor,  # (K,) ids drawn uniformly from all items
+    items: int,  # how many these are
+) -> tuple[Tensor, Tensor]:
+    """A sample for `sampled_softmax` and the log of its counts: (C,) ids and (C,).
+
+    The own items are a stratum without a remainder: each stands there once and counts once. The draws that
+    fall outside it stand for all the others. So it matters to no item how popular it is. On a stream that is
+    not known: popularity up to now makes today's items, which are in every batch, weigh seventy times too
+    much as negatives, and what is read most is retrieved last.
+    """
+    own = torch.unique(own)
+    others = drawn[~torch.isin(drawn, own)]
+    share = math.log(len(drawn) / items) if len(others) else 0.0
+    logs = torch.zeros(len(own) + len(others), device=own.device)
+    logs[len(own) :] = share
+    return torch.cat((own, others)), logs
 
 
 def expected_counts(

@@ -27,13 +27,20 @@ def owners(keys: Keys, world: int) -> Ints:
     return (keys.view(np.uint64) % np.uint64(world)).astype(np.int64)
 
 
-def shard(dim: int, config: TrainConfig, ranks: Ranks, device: torch.device | str = "cpu") -> Vocabulary:
+def shard(
+    dim: int,
+    config: TrainConfig,
+    ranks: Ranks,
+    device: torch.device | str = "cpu",
+    half_lives_days: Sequence[float] = (),
+) -> Vocabulary:
     """A rank's empty part of a vocabulary, with its share of the budgets."""
     rows, candidates = config.vocabulary_rows, None
     if config.admit_after > 1:
         candidates = Candidates(config.admit_after, _share(config.admit_candidates, ranks))
     budget = None if rows is None else _share(rows, ranks)
-    return Vocabulary(dim, config.seed, device, budget, config.row_optimizer, candidates)
+    seed, optimizer = config.seed, config.row_optimizer
+    return Vocabulary(dim, seed, device, budget, optimizer, candidates, half_lives_days)
 
 
 def dealt(parts: Sequence[VocabularyState], ranks: Ranks) -> VocabularyState:
@@ -50,13 +57,14 @@ def dealt(parts: Sequence[VocabularyState], ranks: Ranks) -> VocabularyState:
     return VocabularyState(
         **{
             field: np.concatenate([getattr(p, field)[at] for p, at in zip(parts, kept, strict=True)])
-            for field in ("keys", "rows", "items", "counts", "used")
+            for field in ("keys", "rows", "items", "levels", "used")
         },
         optimizer={
             name: np.concatenate([p.optimizer[name][at] for p, at in zip(parts, kept, strict=True)])
             for name in parts[0].optimizer
         },
         item_names=names,  # a vocabulary takes those of its keys
+        clock_ms=max(part.clock_ms for part in parts),
         admissions=max(part.admissions for part in parts),
         budget=None,
         candidates=CandidatesState(
@@ -78,6 +86,7 @@ class Asked:
     items: npt.NDArray[np.bool_]  # (n,) names the item of a new event
     new: npt.NDArray[np.bool_]  # (n,) belongs to a new event
     targets: Keys  # (N,) the new events' items
+    times: npt.NDArray[np.int64]  # (N,) ms, the new events'
     acted: npt.NDArray[np.bool_]  # (N,) those that the retrieval loss learns from
     names: Mapping[int, str]  # of items
 
@@ -97,17 +106,13 @@ class Items:
 
     keys: Keys  # (B,) ascending
     places: Ints  # (B,) in the step's table
-    counts: Ints  # (B,) events about each, before this step
-    events: int  # about all items
+    popularity: npt.NDArray[np.float32]  # (B, horizons) before this step, see `Vocabulary.popularity`
+    fresh: npt.NDArray[np.bool_]  # (B,) which have their row since this step
     total: int  # items, of all ranks
     sampled: Ints  # (K,) which of these were drawn
     in_batch: Ints  # (T,) which of these are targets of the ranks' events; a target without a row is none
     wanted: Ints  # (W,) the same of this rank's events
     wanting: Ints  # (W,) those of the rank's N events
-
-    def shares(self, which: Ints) -> npt.NDArray[np.float32]:
-        """Each item's share of all events, as if each item had had one more."""
-        return ((self.counts[which] + 1) / max(self.events + self.total, 1)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +123,7 @@ class Fetched:
     places: Ints  # (n,) of each key that was asked for
     items: Items | None  # None where no negatives are wanted
     targets: list[Keys]  # of each rank
+    times: list[npt.NDArray[np.int64]]  # of each rank's events about them
     # How they came: at an owner the rows it sent, and how many to and from each rank.
     rows: Ints
     sent: list[int]
@@ -144,14 +150,14 @@ class Shards:
         halves = [part.reshape(2, -1) for part in ranks.exchange([np.concatenate(pair) for pair in asking])]
         asked_by = [keys for keys, _ in halves]
         rows = self._admit(asked_by, [told for _, told in halves])
-        told = ranks.gather((asked.targets, asked.acted, asked.names))
-        targets = [keys for keys, _, _ in told]
-        for _, _, names in told:
+        told = ranks.gather((asked.targets, asked.acted, asked.names, asked.times))
+        targets = [keys for keys, _, _, _ in told]
+        for _, _, names, _ in told:
             held.name(names)
         unasked = [np.empty(0, np.int64)] * ranks.world
         shared: _Shared | None = None
         if negatives is not None:
-            acted = np.concatenate([keys[mask] for keys, mask, _ in told])
+            acted = np.concatenate([keys[mask] for keys, mask, _, _ in told])
             shared = self._shared(acted, negatives)
             unasked = shared.of_owner
         mine = unasked[ranks.rank]
@@ -176,6 +182,7 @@ class Shards:
             places=found[place],
             items=items,
             targets=targets,
+            times=[times for _, _, _, times in told],
             rows=sent_rows,
             sent=sent,
             received=received,
@@ -200,14 +207,14 @@ class Shards:
 
     def count(self, fetched: Fetched) -> None:
         """Remember that every rank's events were about their items."""
-        rows = self.vocabulary.lookup(np.concatenate(fetched.targets))
-        self.vocabulary.count(rows[rows >= 0])
+        self.vocabulary.count(np.concatenate(fetched.targets), np.concatenate(fetched.times))
 
     def ranks_of(
         self,
         users: torch.Tensor,  # (P, d)
         targets: Keys,  # (P,) the items that were taken
         vectors: Callable[[torch.Tensor], torch.Tensor],  # of items, from rows: (n, d) to (n, d)
+        prior: Callable[[torch.Tensor], torch.Tensor],  # of items, from popularity: (n, horizons) to (n,)
         without: Ints,  # rows of this rank that are left out
     ) -> tuple[torch.Tensor, int]:
         """How many items score higher than each user's own, and how many items there are.
@@ -229,6 +236,7 @@ class Shards:
             at = np.minimum(np.searchsorted(items, rows), len(items) - 1)
             found = items[at] == rows
             scores = everyone @ vectors(held.gather(items)).T  # (ΣP, items)
+            scores = scores + prior(on(scores.device, held.popularity(items)))
             own = scores.gather(1, on(scores.device, at)[:, None]).squeeze(1) * on(scores.device, found)
         else:
             scores = everyone.new_empty(len(everyone), 0)
@@ -257,22 +265,23 @@ class Shards:
         """What every owner sends unasked: what was drawn of its items, and those of all targets."""
         held, ranks = self.vocabulary, self.ranks
         items = held.item_rows()
-        told = ranks.gather((len(items), held.events))
-        drawn = self._drawn(items, [size for size, _ in told], negatives)
+        sizes = ranks.gather(len(items))
+        drawn = self._drawn(items, sizes, negatives)
         rows = held.lookup(acted[owners(acted, ranks.world) == ranks.rank])
         rows = np.unique(np.concatenate([drawn, rows[rows >= 0]]))
         keys = held.keys_of(rows)
         rows, keys = rows[order := np.argsort(keys)], keys[order]
-        parts = ranks.gather((keys, held.counts(rows), held.keys_of(drawn)))
-        keys = np.concatenate([k for k, _, _ in parts])
+        fresh = np.isin(rows, held.fresh)
+        parts = ranks.gather((keys, held.keys_of(drawn), held.popularity(rows), fresh))
+        keys = np.concatenate([k for k, *_ in parts])
         order = np.argsort(keys)
         return _Shared(
-            of_owner=[k for k, _, _ in parts],
+            of_owner=[k for k, *_ in parts],
             keys=keys[order],
-            counts=np.concatenate([c for _, c, _ in parts])[order],
-            drawn=np.concatenate([d for _, _, d in parts]),
-            total=sum(size for size, _ in told),
-            events=sum(events for _, events in told),
+            drawn=np.concatenate([d for _, d, _, _ in parts]),
+            popularity=np.concatenate([p for _, _, p, _ in parts])[order],
+            fresh=np.concatenate([f for *_, f in parts])[order],
+            total=sum(sizes),
         )
 
     def _drawn(self, items: Ints, sizes: list[int], negatives: Negatives) -> Ints:
@@ -289,10 +298,10 @@ class Shards:
 class _Shared:
     of_owner: list[Keys]  # each ascending
     keys: Keys  # (B,) all of these, ascending
-    counts: Ints  # (B,)
     drawn: Keys  # (K,)
+    popularity: npt.NDArray[np.float32]  # (B, horizons)
+    fresh: npt.NDArray[np.bool_]  # (B,)
     total: int
-    events: int
 
     def items(self, places: Ints, acted: Keys, asked: Asked) -> Items:
         in_batch, _ = self._find(acted)
@@ -301,8 +310,8 @@ class _Shared:
         return Items(
             keys=self.keys,
             places=places,
-            counts=self.counts,
-            events=self.events,
+            popularity=self.popularity,
+            fresh=self.fresh,
             total=self.total,
             sampled=self._find(self.drawn)[0],
             in_batch=in_batch,

@@ -11,7 +11,7 @@ key at the same time give it the same row without talking.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from kernels import embedding
 INITIAL_STD = 0.1
 # Share of the rows that are put in order of last use at a time: sorting is then little beside all else.
 _QUEUED = 1 / 16
+DAY_MS = 86_400_000
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64
 
 
@@ -81,7 +82,8 @@ class VocabularyState:
     rows: npt.NDArray[np.float32]  # (n, dim)
     optimizer: Columns  # (n, ...) each, see `grstream.row_optimizers`
     items: npt.NDArray[np.bool_]  # (n,) the key names an item, and may be retrieved
-    counts: npt.NDArray[np.int64]  # (n,) events that were about it, an item
+    levels: npt.NDArray[np.float64]  # (n, horizons) of the decayed counts of the events about it, an item
+    clock_ms: int  # greatest time of an event that was counted
     used: npt.NDArray[np.int64]  # (n,) which admission it was last part of
     item_names: dict[int, str]  # of those whose ids are strings
     admissions: int  # so far
@@ -95,6 +97,10 @@ class Vocabulary:
     Keys and what is known of them are in main memory, the rows and their optimizer on `device`. `budget` is
     the most rows, without which none is evicted; what one admission takes is never refused, though. Without
     `candidates` a key gets a row the first time that it is met.
+
+    Of each item the events are counted, each of them worth half as much after every half-life. Kept is the
+    logarithm of what the count would be at time 0, `level` = log2 Σ 2^(t / half-life), which nothing but an
+    event of the item changes.
     """
 
     def __init__(
@@ -105,6 +111,7 @@ class Vocabulary:
         budget: int | None = None,
         optimizer: str = "adagrad",  # of OPTIMIZERS
         candidates: Candidates | None = None,
+        half_lives_days: Sequence[float] = (),
     ) -> None:
         self.dim = dim
         self.seed = seed
@@ -113,14 +120,15 @@ class Vocabulary:
         self.fresh = np.empty(0, np.int64)  # rows that the last admission gave to keys without one
         self.device = torch.device(device)
         self.item_names: dict[int, str] = {}  # of items that have a row
-        self.events = 0  # counted, about items that have a row
+        self.clock_ms = 0  # greatest time of an event that was counted, at whichever rank
         self._candidates = candidates
         self._table = KeyTable()
         self._rows = torch.empty(0, dim, device=self.device)
         self._optimizer = OPTIMIZERS[optimizer](dim, self.device)
         self._items = np.empty(0, np.bool_)
         self._keys = np.empty(0, np.int64)
-        self._counts = np.empty(0, np.int64)
+        self._half_lives = np.array(half_lives_days, np.float64) * DAY_MS
+        self._levels = np.empty((0, len(self._half_lives)))
         self._used = np.empty(0, np.int64)
         self._admissions = 0
         # Rows in order of last use as of some admission, and that use: one used since is found by it.
@@ -146,10 +154,10 @@ class Vocabulary:
         self._optimizer.load({name: column[kept] for name, column in state.optimizer.items()})
         self._keys[rows] = state.keys[kept]
         self._items[rows] = state.items[kept]
-        self._counts[rows] = state.counts[kept]
+        self._levels[rows] = state.levels[kept]
         self._used[rows] = state.used[kept]
         self._touched_at[rows] = self._moment
-        self.events = int(state.counts[kept].sum())
+        self.clock_ms = state.clock_ms
         self._admissions = state.admissions
         self.name(state.item_names)
         if self._candidates is not None and state.candidates is not None:
@@ -163,7 +171,8 @@ class Vocabulary:
             rows=self._rows[:n].cpu().numpy().copy(),
             optimizer=self._optimizer.state(n),
             items=self._items[:n].copy(),
-            counts=self._counts[:n].copy(),
+            levels=self._levels[:n].copy(),
+            clock_ms=self.clock_ms,
             used=self._used[:n].copy(),
             item_names=dict(self.item_names),
             admissions=self._admissions,
@@ -206,7 +215,7 @@ class Vocabulary:
             at = on(self.device, fresh)
             self._rows[at] = initial_rows(keys[new], self.dim, self.seed).to(self.device, non_blocking=True)
             self._optimizer.clear(at)
-            self._counts[fresh] = 0
+            self._levels[fresh] = -np.inf
             self._items[fresh] = items[new]
             self._keys[fresh] = keys[new]
             self._used[fresh] = self._admissions
@@ -235,7 +244,6 @@ class Vocabulary:
             if len(gone):
                 self._table.remove(gone)
                 self._used[gone] = -1
-                self.events -= int(self._counts[gone].sum())
                 if self.item_names:
                     for key in self._keys[gone].tolist():
                         self.item_names.pop(key, None)
@@ -273,14 +281,20 @@ class Vocabulary:
     def are_items(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         return self._items[rows]
 
-    def count(self, rows: npt.NDArray[np.int64]) -> None:
-        """Another event about each of these items; a row may stand here several times."""
-        np.add.at(self._counts, rows, 1)
-        self.events += len(rows)
+    def count(self, items: Keys, times: npt.NDArray[np.int64]) -> None:
+        """Another event about each of these items, at a time in ms; one may stand here several times.
 
-    def counts(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """How often each was counted: (n,)."""
-        return self._counts[rows]
+        Of those without a row only the time counts.
+        """
+        rows = self._table.find(items)
+        known = rows >= 0
+        np.logaddexp2.at(self._levels, rows[known], times[known, None] / self._half_lives)
+        self.clock_ms = max(self.clock_ms, int(times.max(initial=0)))
+
+    def popularity(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """log(1 + count) of each item, by half-life, as of the newest event counted: (n, horizons)."""
+        decayed = np.exp2(self._levels[rows] - self.clock_ms / self._half_lives)
+        return np.log1p(decayed).astype(np.float32)
 
     def keys_of(self, rows: npt.NDArray[np.int64]) -> Keys:
         return self._keys[rows]
@@ -314,6 +328,6 @@ class Vocabulary:
         self._optimizer.grow(size)
         self._items = np.resize(self._items, size)
         self._keys = np.resize(self._keys, size)
-        self._counts = np.resize(self._counts, size)
+        self._levels = np.resize(self._levels, (size, len(self._half_lives)))
         self._used = np.resize(self._used, size)
         self._touched_at = np.resize(self._touched_at, size)

@@ -17,6 +17,7 @@ import pydantic
 from grstream.config import Config, ModelConfig
 from grstream.keys import Id, Keys, Namespace, ints_of_keys
 
+PRIOR = "prior"  # among the dense arrays: what is added to each key's score in retrieval, as of the version
 FORMAT = 2  # of what is written; a reader refuses another. In 1, keys of features were of other namespaces
 
 
@@ -54,7 +55,7 @@ class VersionMissing(WeightsError):
 class Weights:
     """What a model has learned, as plain arrays: a copy that its learner no longer touches."""
 
-    dense: dict[str, npt.NDArray]  # parameter name -> array
+    dense: dict[str, npt.NDArray]  # parameter name -> array; and PRIOR (n,), where retrieval has one
     keys: Keys  # (n,) every key that has an embedding row, by place
     rows: npt.NDArray[np.float32]  # (n, d)
     items: npt.NDArray[np.bool_]  # (n,) which keys are items, and so may be retrieved

@@ -12,6 +12,8 @@ def hold_vocabulary_whole(directory: pathlib.Path, used: bool = True) -> None:
     part = torch.load(part_file, weights_only=True)
     part_file.unlink()
     del state["ranks"]
-    fields = ("keys", "rows", "items", "counts", "item_names", *(["used"] if used else []))
-    state["vocabulary"] = {"squares": part["optimizer"]["squares"], **{name: part[name] for name in fields}}
+    fields = ("keys", "rows", "items", "item_names", *(["used"] if used else []))
+    counts = torch.ones(len(part["keys"]), dtype=torch.int64)
+    squares = part["optimizer"]["squares"]
+    state["vocabulary"] = {"squares": squares, "counts": counts, **{name: part[name] for name in fields}}
     torch.save(state, directory / "learner.pt")

@@ -19,7 +19,7 @@ from grstream.scores import EngineNotReady, NonFiniteScores, Reuse, UnusableWeig
 from grstream.tokens import Kind, Tokens
 from grstream.vocabulary import vectors_of
 from grstream.weight_store import WeightStore
-from grstream.weights import Manifest, Recipe, Weights, WeightsVersion
+from grstream.weights import PRIOR, Manifest, Recipe, Weights, WeightsVersion
 
 MODEL = ModelConfig(layers=2, dim=16, heads=2)
 FEATURES = ["context.place", "context.device", "item.genre"]
@@ -319,6 +319,22 @@ def test_retrieval_scores_are_newest_and_request_token_against_item_vectors(numb
         engine(number).retrieve(past, 30, NOW, context=context[:1])
 
 
+def test_a_version_s_prior_is_added_to_the_scores_of_its_items_and_to_no_probability() -> None:
+    past, plain = history(4, 9), VERSIONS[1]
+    prior = np.random.default_rng(0).normal(size=len(plain.weights.keys)).astype(np.float32)
+    dense = {**plain.weights.dense, PRIOR: prior}
+    served = engine()
+    before, ranked = served.retrieve(past, 30, NOW), served.rank(past, ITEMS[:5], NOW)
+    served.swap(WeightsVersion(plain.manifest, dataclasses.replace(plain.weights, dense=dense)))
+    after = served.retrieve(past, 30, NOW)
+    scores = dict(zip(before.items.tolist(), before.scores.tolist(), strict=True))
+    of_item = dict(zip(plain.weights.keys.tolist(), prior.tolist(), strict=True))
+    expected = [scores[key] + of_item[key] for key in after.items.tolist()]
+    np.testing.assert_allclose(after.scores, expected, **TOLERANCE)
+    assert (np.diff(after.scores) <= 0).all()
+    np.testing.assert_array_equal(served.rank(past, ITEMS[:5], NOW).probabilities, ranked.probabilities)
+
+
 def test_before_the_first_version_an_engine_says_that_it_is_not_ready() -> None:
     with pytest.raises(EngineNotReady, match="publish"):
         engine(None).rank(history(0, 2), ITEMS[:1], NOW)
@@ -338,6 +354,7 @@ def test_a_version_with_a_nan_or_of_another_shape_is_refused_and_the_old_one_goe
         ({"rows": rows}, "rows"),
         ({"dense": renamed}, "recipe"),
         ({"rows": good.weights.rows[:, :5]}, "recipe"),
+        ({"dense": {**good.weights.dense, PRIOR: np.zeros(3, np.float32)}}, r"prior is of shape \(3,\)"),
     ]:
         with pytest.raises(UnusableWeights, match=word):
             served.swap(WeightsVersion(good.manifest, dataclasses.replace(good.weights, **changes)))

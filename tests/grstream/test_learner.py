@@ -18,7 +18,8 @@ from grstream.learner import Learner, NonFiniteLoss, StepReport
 from grstream.microbatch import MicroBatch, Role
 from grstream.ranks import Ranks
 from grstream.shards import Asked, Fetched, Negatives, Shards
-from grstream.weights import Weights
+from grstream.vocabulary import DAY_MS
+from grstream.weights import PRIOR, Weights
 from tests.grstream.micro_batches import micro_batch, random_batches
 from tests.grstream.old_checkpoints import hold_vocabulary_whole
 from tests.grstream.thread_ranks import together
@@ -156,6 +157,41 @@ def test_the_retrieval_loss_learns_what_comes_next(full: int) -> None:
         hits.append((learner.step(micro_batch(sequences, 8 * step)).predictions.ranks == 0).mean())
     assert np.mean(hits[:20]) < 0.4
     assert np.mean(hits[-20:]) > 0.9
+
+
+@pytest.mark.parametrize("full", [0, 1000])
+def test_retrieval_learns_to_follow_what_is_popular_now(full: int) -> None:
+    """Each day one new item is read by most, of users without a history, so nothing else tells it."""
+    hits = {}
+    for days in ([], [0.1]):
+        rates = {"learning_rate": 0.02, "retrieval_weight": 1.0, "retrieval_temperature": 0.2}
+        learner = Learner(small_config(train={"full_softmax_items": full, **rates}, popularity_days=days))
+        draw, ranks = np.random.default_rng(0), []
+        for step in range(120):
+            day = step // 4
+            items = np.where(draw.random(16) < 0.7, 100 + day, draw.integers(0, 100, 16))
+            events = [(int(item), 1, DAY_MS * day) for item in items]
+            sequences = [(16 * step + user, [], [event]) for user, event in enumerate(events)]
+            said = learner.step(micro_batch(sequences, 16 * step)).predictions
+            if step >= 80 and step % 4 == 1:  # after the item's first step
+                ranks.append(said.ranks[items == 100 + day])
+        hits[len(days)] = (np.concatenate(ranks) == 0).mean()
+    assert hits[1] > hits[0] + 0.4
+
+
+def test_a_resumed_learner_knows_what_is_popular(tmp_path: pathlib.Path) -> None:
+    with_prior = small_config(popularity_days=[0.1, 7.0])
+    batches = random_batches(0, 12)
+    steady, resumed = Learner(with_prior), Learner(with_prior)
+    for batch in batches[:6]:
+        steady.step(batch)
+    steady.state().save(tmp_path)
+    resumed.load(tmp_path)
+    for batch in batches[6:]:
+        said, again = steady.step(batch), resumed.step(batch)
+        assert np.array_equal(said.predictions.ranks, again.predictions.ranks)
+    assert steady.weights().dense[PRIOR].any()
+    assert same_weights(steady, resumed)
 
 
 def test_stochastic_length_shortens_what_is_learned_from_and_says_by_how_much() -> None:

@@ -24,10 +24,10 @@ from grstream.learner import Learner
 from grstream.publisher import Publisher
 from grstream.ranks import Ranks
 from grstream.shards import owners
-from grstream.vocabulary import VocabularyState
+from grstream.vocabulary import DAY_MS, VocabularyState
 from grstream.weight_files import OF_DELTA, TOUCHED
 from grstream.weight_store import WeightStore
-from grstream.weights import CorruptWeights, Delta, VersionMissing, Weights, WeightsVersion
+from grstream.weights import PRIOR, CorruptWeights, Delta, VersionMissing, Weights, WeightsVersion
 from tests.grstream.publishing import DIM, Run, assert_same, failing, make_config
 from tests.grstream.thread_ranks import together
 
@@ -202,6 +202,11 @@ def test_what_is_learned_while_a_version_is_written_goes_with_the_next_one(tmp_p
     assert taken.delta.keys.tolist() == [2]
 
 
+def priors_of(state: VocabularyState) -> dict[int, float]:
+    counts = np.exp2(state.levels - state.clock_ms / DAY_MS / np.array([1.0, 7.0]))
+    return dict(zip(state.keys.tolist(), (np.log1p(counts) @ [0.5, -2.0]).tolist(), strict=True))
+
+
 @settings(max_examples=15)
 @given(
     steps=st.lists(st.lists(st.integers(-9, 9), max_size=6, unique=True), min_size=1, max_size=7),
@@ -213,7 +218,13 @@ def test_a_version_holds_the_rows_of_all_ranks_each_in_its_place(
 ) -> None:
     storage = pathlib.Path(tempfile.mkdtemp())
     config = make_config(storage, vocabulary_rows=budget, base_every=3)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"popularity_days": [1.0, 7.0]})}
+    )
     learners = [Learner(config, Ranks(rank, world)) for rank in range(world)]
+    for learner in learners:
+        assert learner.model.popularity is not None
+        learner.model.popularity.data[:] = torch.tensor([0.5, -2.0])
 
     def rank(ranks: Ranks) -> list[VocabularyState]:
         learner, states = learners[ranks.rank], []
@@ -224,6 +235,7 @@ def test_a_version_holds_the_rows_of_all_ranks_each_in_its_place(
             at = at[owners(at, world) == ranks.rank]
             rows = learner.vocabulary.admit(at, at % 2 == 0)
             learner.vocabulary.name({key: f"item {key}" for key in at[at % 2 == 0].tolist()})
+            learner.vocabulary.count(np.array(keys, np.int64), np.full(len(keys), (seed + 1) * DAY_MS))
             gradient = torch.randn(len(rows), DIM, generator=torch.Generator().manual_seed(seed))
             learner.vocabulary.update(rows, gradient, 0.1)
             learner.steps += 1
@@ -240,6 +252,7 @@ def test_a_version_holds_the_rows_of_all_ranks_each_in_its_place(
         held = {
             key: row.tobytes() for state in states for key, row in zip(state.keys, state.rows, strict=True)
         }
+        priors = {key: prior for state in states for key, prior in priors_of(state).items()}
         items = {key for state in states for key in state.keys[state.items].tolist()}
         names = {key: name for state in states for key, name in state.item_names.items()}
         store.pin(number)
@@ -248,6 +261,8 @@ def test_a_version_holds_the_rows_of_all_ranks_each_in_its_place(
         for weights in (store.load(number).weights, served.weights):
             assert {k: r.tobytes() for k, r in zip(weights.keys, weights.rows, strict=True)} == held
             assert set(weights.keys[weights.items].tolist()) == items
+            prior = dict(zip(weights.keys.tolist(), weights.dense[PRIOR].tolist(), strict=True))
+            assert prior == pytest.approx(priors, abs=1e-5)
             assert weights.item_names == names
     assert store.numbers()[-1] == len(steps)
     shutil.rmtree(storage)

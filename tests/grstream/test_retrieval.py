@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from grstream.retrieval import CHUNK_ROWS, expected_counts, full_softmax, sampled_softmax
+from grstream.retrieval import CHUNK_ROWS, expected_counts, full_softmax, sampled_softmax, stratified
 
 
 def world(users: int, items: int, dim: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -88,6 +88,23 @@ def test_over_all_samples_the_sampled_sum_is_the_sum_over_all_items(in_batch: in
         losses = sampled_softmax(u, table[targets], table[sampled], targets, sampled, counts.log())
         mean += probability * (losses + (u * table[targets]).sum(1)).exp()  # the estimate of Z
     torch.testing.assert_close(mean, (u @ table.T).exp().sum(1))
+
+
+@pytest.mark.parametrize("own", [[2], [0, 2, 2], [2, 4, 1, 1, 1, 0, 3]])
+@pytest.mark.parametrize("drawn", [1, 3])
+def test_over_all_draws_the_sum_over_a_stratified_sample_is_that_over_all_items(
+    own: list[int], drawn: int
+) -> None:
+    """However often an item is in the batch, and without a word of how popular it is."""
+    u, table, _ = world(3, 5, 4)
+    u, targets = u / 10, torch.full((3,), 2)
+    mean = torch.zeros(3, dtype=torch.float64)
+    draws = list(itertools.product(range(5), repeat=drawn))
+    for draw in draws:
+        sampled, logs = stratified(torch.tensor(own), torch.tensor(draw), 5)
+        losses = sampled_softmax(u, table[targets], table[sampled], targets, sampled, logs)
+        mean += (losses + (u * table[targets]).sum(1)).exp() / len(draws)
+    torch.testing.assert_close(mean, (u @ table.T).exp().sum(1), rtol=1e-6, atol=0)
 
 
 def test_the_more_is_sampled_the_nearer_loss_and_gradients_come_to_the_full_softmax() -> None:

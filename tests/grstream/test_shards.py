@@ -12,7 +12,7 @@ from grstream.config import TrainConfig
 from grstream.keys import INT64_MAX, INT64_MIN, Keys
 from grstream.ranks import Ranks
 from grstream.shards import Asked, Fetched, Negatives, Shards, dealt, owners, shard
-from grstream.vocabulary import VocabularyState, initial_rows
+from grstream.vocabulary import DAY_MS, VocabularyState, initial_rows
 from tests.grstream.thread_ranks import together
 
 DIM, RATE = 3, 0.1
@@ -27,6 +27,7 @@ def asked(keys: list[int]) -> Asked:
         items=even,
         new=np.ones(len(array), np.bool_),
         targets=array[even],
+        times=array[even] % 7 * DAY_MS,
         acted=np.ones(int(even.sum()), np.bool_),
         names={key: f"item {key}" for key in array[even].tolist()},
     )
@@ -79,7 +80,7 @@ def test_every_key_has_its_own_row_through_admissions_evictions_and_changes_of_r
 ) -> None:
     config = TrainConfig(vocabulary_rows=budget, admit_after=admit_after, seed=2)
     model, events = Model(config.seed), dict[int, int]()
-    parts = [shard(DIM, config, Ranks()).state()]
+    parts = [shard(DIM, config, Ranks(), half_lives_days=[0.1, 7]).state()]
     for number, (of_ranks, world) in enumerate(steps):
 
         def run(
@@ -88,7 +89,7 @@ def test_every_key_has_its_own_row_through_admissions_evictions_and_changes_of_r
             of_ranks: list[list[int]] = of_ranks,
             number: int = number,
         ) -> tuple[VocabularyState, VocabularyState, Fetched, VocabularyState]:
-            held = shard(DIM, config, ranks)
+            held = shard(DIM, config, ranks, half_lives_days=[0.1, 7])
             held.restore(dealt(parts, ranks))
             restored, shards = held.state(), Shards(held, ranks)
             fetched = shards.fetch(asked(of_ranks[ranks.rank]), Negatives(5, all_up_to, (0, number)))
@@ -158,7 +159,7 @@ def test_another_number_of_ranks_holds_the_same_rows_bit_for_bit(
     keys = np.unique(np.random.default_rng(0).integers(INT64_MIN, INT64_MAX, 500))
 
     def learn(ranks: Ranks) -> VocabularyState:
-        shards = Shards(shard(DIM, config, ranks), ranks)
+        shards = Shards(shard(DIM, config, ranks, half_lives_days=[0.1, 7]), ranks)
         for repeat in (1, 3, 2):
             fetched = shards.fetch(asked(keys[ranks.rank :: ranks.world][:-repeat].tolist()), None)
             shards.vocabulary.update(*shards.summed(fetched, torch.ones_like(fetched.table)), 0.1)
@@ -169,7 +170,7 @@ def test_another_number_of_ranks_holds_the_same_rows_bit_for_bit(
         names = {key: name for part in parts for key, name in part.item_names.items()}
         rows = {}
         for part in parts:
-            columns = [part.rows, part.items, part.counts, part.used, *part.optimizer.values()]
+            columns = [part.rows, part.items, part.levels, part.used, *part.optimizer.values()]
             for at, key in enumerate(part.keys.tolist()):
                 rows[key] = [column[at].tobytes() for column in columns]
         candidates = {
@@ -188,7 +189,7 @@ def test_another_number_of_ranks_holds_the_same_rows_bit_for_bit(
     for world in others:
 
         def resumed(ranks: Ranks, parts: list[VocabularyState] = parts) -> VocabularyState:
-            held = shard(DIM, config, ranks)
+            held = shard(DIM, config, ranks, half_lives_days=[0.1, 7])
             held.restore(dealt(parts, ranks))
             return held.state()
 
@@ -230,15 +231,23 @@ def test_ranks_of_items_count_the_items_of_all_ranks() -> None:
     table = initial_rows(keys, DIM, 0)
     targets = np.array([0, 2, 38, 10, 999, 12])  # the fifth is no item
 
+    worth = np.log1p(0.5 ** (6 - keys % 7.0)).astype(np.float32)  # after half-lives of a day
+
     def rank(ranks: Ranks) -> tuple[torch.Tensor, int]:
-        shards = Shards(shard(DIM, TrainConfig(), ranks), ranks)
-        shards.fetch(asked(keys[ranks.rank :: ranks.world].tolist()), None)
+        shards = Shards(shard(DIM, TrainConfig(), ranks, half_lives_days=[1]), ranks)
+        shards.count(shards.fetch(asked(keys[ranks.rank :: ranks.world].tolist()), None))
         mine = slice(ranks.rank * 6 // ranks.world, (ranks.rank + 1) * 6 // ranks.world)
         without = shards.vocabulary.lookup(np.array([12]))
-        return shards.ranks_of(users[mine], targets[mine], lambda rows: rows, without[without >= 0])
+        return shards.ranks_of(
+            users[mine],
+            targets[mine],
+            vectors=lambda rows: rows,
+            prior=lambda popularity: popularity @ torch.tensor([0.3]),
+            without=without[without >= 0],
+        )
 
     kept = keys != 12
-    scores = users @ table.T
+    scores = users @ table.T + 0.3 * torch.from_numpy(worth)
     expected = [
         int((scores[i, kept] > scores[i, int(np.flatnonzero(keys == t)[0])]).sum())
         if t in keys and t != 12

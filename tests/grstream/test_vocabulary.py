@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from grstream.candidates import Candidates
 from grstream.keys import INT64_MAX, INT64_MIN
-from grstream.vocabulary import INITIAL_STD, Vocabulary, VocabularyState, initial_rows
+from grstream.vocabulary import DAY_MS, INITIAL_STD, Vocabulary, VocabularyState, initial_rows
 
 key_sets = st.lists(st.integers(INT64_MIN, INT64_MAX), min_size=1, max_size=30, unique=True)
 
@@ -224,19 +224,18 @@ def test_beyond_the_budget_the_key_used_least_recently_goes_and_leaves_nothing(
 
 @pytest.mark.parametrize("optimizer", ["adagrad", "adamw"])
 def test_an_evicted_key_leaves_neither_its_count_nor_its_optimizer_nor_its_name(optimizer: str) -> None:
-    vocabulary = Vocabulary(2, budget=1, optimizer=optimizer)
+    vocabulary = Vocabulary(2, budget=1, optimizer=optimizer, half_lives_days=[1])
     first, second = np.array([4]), np.array([6])
     rows = vocabulary.admit(first, np.array([True]))
     vocabulary.name({4: "four"})
     assert vocabulary.item_names == {4: "four"}
-    vocabulary.count(rows)
+    vocabulary.count(first, np.array([5]))
     vocabulary.update(rows, torch.ones(1, 2), 0.1)
     assert vocabulary.admit(second, np.array([True])).tolist() == rows.tolist()
     state = vocabulary.state()
     assert state.keys.tolist() == [6]
     assert state.item_names == {}
-    assert state.counts.tolist() == [0]
-    assert vocabulary.events == 0
+    assert state.levels.tolist() == [[-np.inf]]
     assert not any(column.any() for column in state.optimizer.values())
     assert vocabulary.evicted == 1
 
@@ -265,3 +264,26 @@ def test_an_item_that_comes_back_by_way_of_a_history_may_be_retrieved_once_an_ev
     vocabulary.name({4: "4"})
     assert vocabulary.keys_of(vocabulary.item_rows()).tolist() == [4]
     assert vocabulary.item_names == {4: "4"}
+
+
+@given(
+    counted=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30 * DAY_MS)), max_size=20),
+    cut=st.integers(0, 20),
+)
+def test_popularity_is_the_sum_of_what_each_event_is_still_worth(
+    counted: list[tuple[int, int]], cut: int
+) -> None:
+    """However the events are cut into steps, and through a restart; at times of this century."""
+    began, half_lives = 1_700_000_000_000, [0.1, 1, 7]
+    vocabulary = Vocabulary(2, half_lives_days=half_lives)
+    keys = np.arange(4)  # the fifth has no row: its events' times count all the same
+    rows = vocabulary.admit(keys, np.ones(4, np.bool_))
+    items = np.array([item for item, _ in counted], np.int64)
+    times = began + np.array([time for _, time in counted], np.int64)
+    vocabulary.count(items[:cut], times[:cut])
+    state, vocabulary = vocabulary.state(), Vocabulary(2, half_lives_days=half_lives)
+    vocabulary.restore(state)
+    vocabulary.count(items[cut:], times[cut:])
+    ages = (times.max(initial=0) - times)[:, None] / DAY_MS / np.array(half_lives)
+    expected = [np.log1p((0.5 ** ages[items == key]).sum(0)) for key in keys]
+    np.testing.assert_allclose(vocabulary.popularity(rows), expected, atol=1e-5)

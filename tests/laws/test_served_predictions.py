@@ -24,8 +24,12 @@ CONFIGS = {
         }
     )
     for layout, model, train in (
-        ("fused", {"dropout": 0.3}, {}),
-        ("interleaved", {}, {"stochastic_length": 1.2, "full_softmax_items": 50}),
+        ("fused", {"dropout": 0.3, "popularity_days": [0.0001]}, {}),
+        (
+            "interleaved",
+            {"popularity_days": [0.00001, 1]},
+            {"stochastic_length": 1.2, "full_softmax_items": 50},
+        ),
     )
 }
 
@@ -91,17 +95,16 @@ def test_a_trainer_says_of_an_event_what_a_server_would_have_said(
     at = 0
     for size in cuts:
         engine.swap(served_version(learner))
-        served = {}
+        served, found = {}, {}
         for row in range(at, at + size):
             one = part(events, row, row + 1)
             if one.times[0] >= servers.history(int(one.users[0])).times.max(initial=0):  # not late
+                user, time = int(one.users[0]), int(one.times[0])
+                past = servers.history(user)
                 served[row] = engine.rank(
-                    servers.history(int(one.users[0])),
-                    one.items,
-                    int(one.times[0]),
-                    features=one.features,
-                    user=int(one.users[0]),
+                    past, one.items, time, features=one.features, user=user
                 ).probabilities[0]
+                found[row] = engine.retrieve(past, 100, time, context=one.features[0, :1], user=user)
             servers.append(one)
         trainers.append(part(events, at, at + size))
         said = learner.step(trainers.pack()).predictions
@@ -110,3 +113,13 @@ def test_a_trainer_says_of_an_event_what_a_server_would_have_said(
         assert len(by_offset) == size
         for row, probabilities in served.items():
             assert by_offset[row] == pytest.approx(probabilities, abs=1e-5), row
+        if budget is not None:  # the step has evicted items that the server still has
+            continue
+        ranks = dict(zip(said.offsets.tolist(), said.ranks.tolist(), strict=True))
+        for row, retrieved in found.items():
+            own = retrieved.scores[retrieved.items == events.items[row]]
+            if len(own) == 0:
+                assert ranks[row] in (-1, len(retrieved.items)), "what no version knows cannot be found"
+                continue
+            better = [int((retrieved.scores > own + slack).sum()) for slack in (1e-5, -1e-5)]
+            assert better[0] <= ranks[row] < better[1], row
