@@ -147,7 +147,7 @@ def input_wait_share(config: configs.Config) -> float:
 
 def read_source(config: configs.Config, count: int) -> tuple[float, int]:
     """Events per second of ActionSource, and the bytes of its micro-batches."""
-    [shard] = actions(config, Ledger, Until(offsets=end_offsets(config))).streaming_split(1, equal=False)
+    [shard] = actions(config, Ledger(), Until(offsets=end_offsets(config))).streaming_split(1, equal=False)
     began, first, seen, size = 0.0, 0, 0, 0
     ledger = Ledger()
     for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

@@ -1,18 +1,14 @@
-"""What the driver, the readers and the trainer's ranks of one job tell each other: a small Ray actor.
+"""What the driver and the trainer's ranks of one job tell each other: a small Ray actor.
 
-Ray Train carries no message from driver to workers and Ray Data none from workers to readers, so three
-things go by here: the position that the next execution reads on from, the wish to stop, and what the
-trainer reports.
+Ray Train carries no message from driver to workers, so these go by here: the wish to stop, what the trainer
+reports, and errors that starting again will not cure.
 """
 
 import asyncio
 import dataclasses
 from typing import Any
 
-import pyarrow as pa
 import ray
-
-from grstream.ledger import Ledger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +32,6 @@ class BoardActor:
 
     def __init__(self) -> None:
         self._stop = asyncio.Event()
-        self._position = Ledger().to_table()
         self._progress: Progress | None = None
         self._failure: Exception | None = None
         self._reverts: dict[int, int] = {}  # checkpoint -> times
@@ -46,12 +41,6 @@ class BoardActor:
 
     async def stopped(self) -> None:
         await self._stop.wait()
-
-    async def set_position(self, table: pa.Table) -> None:
-        self._position = table
-
-    async def position(self) -> pa.Table:
-        return self._position
 
     async def report(self, progress: Progress) -> None:
         self._progress = progress
@@ -86,13 +75,6 @@ class Board:
         if self._stopped is None:
             self._stopped = self._actor.stopped.remote()
         return bool(ray.wait([self._stopped], timeout=0)[0])
-
-    def set_position(self, ledger: Ledger) -> None:
-        """State which offsets the next execution must not emit."""
-        ray.get(self._actor.set_position.remote(ledger.to_table()))
-
-    def position(self) -> Ledger:
-        return Ledger.from_table(ray.get(self._actor.position.remote()))
 
     def report(self, progress: Progress) -> None:
         """Tell the driver, without waiting for it."""

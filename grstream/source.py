@@ -2,9 +2,9 @@
 
 A read task owns the partitions p with p % readers == its index and yields one-row blocks, each a
 `MicroBatch`; its first block is empty and only says that the task runs. It returns when it is `recycle_s`
-old, because a Ray Data execution keeps about 1 KB per block on its driver for as long as it lives: whoever
-iterates begins again, and the source reads on from the position that it is then told. See `grstream.reader`
-for what a task does.
+old, because what Ray Data keeps of an execution's blocks grows for as long as that lives: whoever iterates
+then makes a new Dataset, which reads on from where the trainer stands (`grstream.executions`). See
+`grstream.reader` for what a task does.
 
 Ray 2.60 is given its settings here, each of them a trap otherwise:
 - it shapes blocks to 128 MB, and nothing arrives for tens of seconds: `target_max_block_size` 1;
@@ -16,15 +16,12 @@ Ray 2.60 is given its settings here, each of them a trap otherwise:
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pyarrow as pa
 import ray.data
-import ray.train
 from ray.data import (
     DataContext,
-    DataIterator,
     Dataset,
     Datasource,
     ExecutionOptions,
@@ -58,13 +55,10 @@ class ReadersNotStarted(RuntimeError):
 class ActionSource(Datasource):
     """Micro-batches of the log, each offset that `position` does not hold settled exactly once.
 
-    `position` is called when an execution begins, in Ray Data's own process, and so must pickle; what it
-    returns is where the trainer stands. `until` bounds the stream: the tasks return when it is reached.
+    `position` is where the trainer stands. `until` bounds the stream: the tasks return when it is reached.
     """
 
-    def __init__(
-        self, config: Config, position: Callable[[], Ledger] = Ledger, until: Until | None = None
-    ) -> None:
+    def __init__(self, config: Config, position: Ledger, until: Until | None = None) -> None:
         super().__init__()
         self._config, self._position, self._until = config, position, until
 
@@ -78,10 +72,9 @@ class ActionSource(Datasource):
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
         """One task per reader, whatever parallelism Ray Data would like."""
-        position = self._position()
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [
-            ReadTask(functools.partial(_read, self._config, reader, position, self._until), unknown)
+            ReadTask(functools.partial(_read, self._config, reader, self._position, self._until), unknown)
             for reader in range(self._config.source.readers)
         ]
 
@@ -94,12 +87,11 @@ def _read(config: Config, reader: int, position: Ledger, until: Until | None) ->
         yield batch.to_block()
 
 
-def actions(config: Config, position: Callable[[], Ledger] = Ledger, until: Until | None = None) -> Dataset:
-    """The source as a Dataset with the settings a stream needs.
-
-    Ray Train calls it at each start of a worker group, in its controller, with a DataContext of its own.
-    """
+def actions(config: Config, position: Ledger, until: Until | None = None) -> Dataset:
+    """The source as a Dataset with the settings a stream needs, which become this process's own, too."""
     context = DataContext.get_current()
+    limits = ExecutionResources(object_store_memory=config.source.ahead_bytes)
+    context.execution_options = ExecutionOptions(resource_limits=limits)
     context.target_max_block_size = 1
     context.execution_no_progress_timeout_s = -1
     context.enable_progress_bars = False
@@ -113,32 +105,3 @@ def actions(config: Config, position: Callable[[], Ledger] = Ledger, until: Unti
             num_cpus=config.source.reader_cpus,
             ray_remote_args={"max_retries": 0},
         )
-
-
-class StreamSplit(ray.train.DataConfig):
-    """Gives each rank whatever block is next.
-
-    Neither `equal=True` nor locality hints: the first would hold blocks back to even out rows, the second
-    holds the newest block back until another comes, in the hope of a better rank for it.
-    """
-
-    def __init__(self, ahead_bytes: int) -> None:
-        limits = ExecutionResources(object_store_memory=ahead_bytes)
-        super().__init__(execution_options=ExecutionOptions(resource_limits=limits))
-
-    def configure(
-        self,
-        datasets: dict[str, Dataset],
-        world_size: int,
-        worker_handles: list[Any] | None,
-        worker_node_ids: list[str] | None,
-        **kwargs: Any,
-    ) -> list[dict[str, DataIterator]]:
-        shards: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            dataset = Dataset.copy(dataset)
-            dataset.context.execution_options = self._resolve_execution_options(name)
-            splits = dataset.streaming_split(world_size, equal=False)
-            for shard, split in zip(shards, splits, strict=True):
-                shard[name] = split
-        return shards

@@ -1,9 +1,9 @@
 """A streaming training job: what its driver does. The ranks' own loop is `grstream.trainer`.
 
-Ray Train starts the worker group, gives each rank its split of `ActionSource` and starts the group again
-when a worker or a reader dies, or the weights go bad: the ranks then go on from the newest checkpoint. What
-starting again will not cure (lost offsets, a missing topic, readers without a slot, weights that went bad
-from there before) ends the job with its own error instead.
+Ray Train starts the worker group, and starts it again when a worker or a reader dies, or the weights go bad:
+the ranks then go on from the newest checkpoint, with a new execution of `ActionSource`. What starting again
+will not cure (lost offsets, a missing topic, readers without a slot, weights that went bad from there before)
+ends the job with its own error instead.
 """
 
 import concurrent.futures
@@ -23,13 +23,14 @@ from ray.train.v2.api.callback import UserCallback
 from grstream.board import Board, Progress
 from grstream.config import Config
 from grstream.exchange import Exchange
+from grstream.executions import Executions
 from grstream.journal import new_run
 from grstream.kafka import TopicMissing, partition_count
 from grstream.ranks import Ranks
 from grstream.reader import LogTruncated, OffsetGap
 from grstream.schema import SchemaChanged
 from grstream.segments import SegmentError
-from grstream.source import ReadersNotStarted, StreamSplit, actions
+from grstream.source import ReadersNotStarted
 from grstream.trainer import BAD_WEIGHTS, Trainer
 from grstream.until import Until
 
@@ -75,20 +76,21 @@ def train(
         logger.warning(
             "source.readers is %d and the topic has %d partitions", config.source.readers, partitions
         )
-    board = Board()
+    board, executions = Board(), Executions(config, until)
     exchange = Exchange(config.storage) if config.train.exchange else None
     if exchange:
         exchange.open(config.train.keep_versions)
     stop = stop or threading.Event()
     try:
         with concurrent.futures.ThreadPoolExecutor(1, "fit") as pool:
-            fitting = pool.submit(_trainer(config, board, until, exchange).fit)
+            fitting = pool.submit(_trainer(config, board, executions, until, exchange).fit)
             shown = _watch(fitting, board, stop, show)
         error = fitting.exception()
         if error:
             raise board.failure() or error
         return shown
     finally:
+        executions.close()
         board.close()
         if exchange:
             exchange.close()
@@ -126,9 +128,11 @@ def _check_cpus(config: Config) -> None:
         raise NotEnoughCpus(needed, there)
 
 
-def _trainer(config: Config, board: Board, until: Until | None, exchange: Exchange | None) -> TorchTrainer:
+def _trainer(
+    config: Config, board: Board, executions: Executions, until: Until | None, exchange: Exchange | None
+) -> TorchTrainer:
     return TorchTrainer(
-        functools.partial(_run_rank, config, board, until, exchange),
+        functools.partial(_run_rank, config, board, executions, until, exchange),
         # What hosts tell each other must not wait for a GPU.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.train.gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -145,12 +149,12 @@ def _trainer(config: Config, board: Board, until: Until | None, exchange: Exchan
             failure_config=FailureConfig(max_failures=config.train.max_restarts),
             callbacks=[_Judge(board)],
         ),
-        datasets={"actions": functools.partial(actions, config, board.position, until)},
-        dataset_config=StreamSplit(config.source.ahead_bytes),
     )
 
 
-def _run_rank(config: Config, board: Board, until: Until | None, exchange: Exchange | None) -> None:
+def _run_rank(
+    config: Config, board: Board, executions: Executions, until: Until | None, exchange: Exchange | None
+) -> None:
     """What Ray Train runs in each worker."""
     logging.getLogger("kafka").setLevel(logging.WARNING)  # it tells of every connection
     context = ray.train.get_context()
@@ -161,7 +165,7 @@ def _run_rank(config: Config, board: Board, until: Until | None, exchange: Excha
         board.fail(error)
         raise
     try:
-        trainer.run(ray.train.get_dataset_shard("actions"))
+        trainer.run(executions)
     except BAD_WEIGHTS as error:
         if ranks.rank == 0 and board.reverted(trainer.checkpoint_number) > config.train.max_reverts:
             board.fail(error)

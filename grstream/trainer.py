@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -58,6 +58,12 @@ class Vote(NamedTuple):
     stop: bool = False  # rank 0 decides these three
     checkpoint: bool = False
     publish: bool = False
+
+
+class Executions(Protocol):
+    """`grstream.executions.Executions`, or what stands in for it."""
+
+    def renew(self, position: Ledger, ranks: int) -> list[Any]: ...
 
 
 class Feed:
@@ -139,21 +145,20 @@ class Trainer:
         self._next_publish = time.monotonic()
         self._next_progress = time.monotonic()
 
-    def run(self, shard: Any) -> None:
+    def run(self, executions: Executions) -> None:
         """Train until asked to stop or the bound is reached; then checkpoint, publish and return."""
         try:
-            self._train(shard)
+            self._train(executions)
         finally:
             if self._monitor:
                 self._monitor.close()
 
-    def _train(self, shard: Any) -> None:
+    def _train(self, executions: Executions) -> None:
         idle = False  # whether the last execution settled nothing
         while not (self._stopping or self._bound_reached(idle)):
             settled = self._settled()
-            if self._leads:
-                self._board.set_position(self._ledger)
-            feed = Feed(shard)
+            shards = executions.renew(self._ledger, self._ranks.world) if self._leads else []
+            feed = Feed(self._ranks.gather(shards)[0][self._ranks.rank])
             try:
                 self._consume(feed)
             finally:

@@ -50,7 +50,6 @@ class QuietBoard(Board):
     """A board that no other process looks at."""
 
     def __init__(self, stop_after: int = 0) -> None:
-        self.positions: list[Ledger] = []
         self.reports: list[Progress] = []
         self._turns = stop_after
 
@@ -58,18 +57,20 @@ class QuietBoard(Board):
         self._turns -= 1
         return self._turns == 0
 
-    def set_position(self, ledger: Ledger) -> None:
-        self.positions.append(Ledger(ledger))
-
     def report(self, progress: Progress) -> None:
         self.reports.append(progress)
 
 
-@dataclasses.dataclass
 class Shard:
-    """Ray Data's iterator: each iteration is one execution."""
+    """Executions, and the iterator of each."""
 
-    executions: list[list[MicroBatch]]
+    def __init__(self, executions: list[list[MicroBatch]]) -> None:
+        self.executions = executions
+        self.positions: list[Ledger] = []
+
+    def renew(self, position: Ledger, ranks: int) -> list["Shard"]:
+        self.positions.append(Ledger(position))
+        return [self]
 
     def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
         for batch in self.executions.pop(0):
@@ -169,10 +170,10 @@ def test_a_run_resumed_is_the_run_uninterrupted(config: configs.Config, tmp_path
 
 def test_an_execution_that_ends_is_followed_by_one_from_where_it_ended(config: configs.Config) -> None:
     stream = batches(6)
-    board = QuietBoard()
-    trainer = Trainer(config, Ranks(), board, Bound(offsets={0: stream[-1].ranges[0].stop}))
-    trainer.run(Shard([[GREETING, *stream[:4]], [GREETING, *stream[4:]]]))
-    assert [p.watermark(0) for p in board.positions] == [None, stream[3].ranges[0].stop]
+    trainer = Trainer(config, Ranks(), QuietBoard(), Bound(offsets={0: stream[-1].ranges[0].stop}))
+    shard = Shard([[GREETING, *stream[:4]], [GREETING, *stream[4:]]])
+    trainer.run(shard)
+    assert [p.watermark(0) for p in shard.positions] == [None, stream[3].ranges[0].stop]
     found = CheckpointStore(config.storage / "checkpoints").newest()
     assert found is not None
     assert found.ledger.watermark(0) == stream[-1].ranges[0].stop
