@@ -5,8 +5,8 @@
 A development broker, a Ray cluster of its own and `jobs/train_stream.py`, with small budgets that the stream
 outgrows in its first minute: users and events of the histories, duplicate ids, rows of the vocabulary, object
 store. Items and users are born for ever. Every second the resident memory of each role's processes is read:
-the driver, Ray Train's controller, the actor that holds Ray Data's execution, the reader and the worker.
-After a warm-up of a third of the time, the least of each renewal of the execution is kept, and a line is laid
+the driver, Ray Train's controller, the actor that makes executions and the one that holds the present one, the
+reader, the worker, and Ray's own raylet (whose memory the object store counts as) and control service. After a warm-up of a third of the time, the least of each renewal of the execution is kept, and a line is laid
 through those: `slope` is its rise over the rest of the run, as a share of its mean.
 """
 
@@ -30,11 +30,14 @@ from grstream import config as configs
 from grstream.kafka import create_topic, producer
 
 RECYCLE_S = 60.0
-ROLES = {  # role -> how the command line of its processes begins
+ROLES = {  # role -> what the first word of its processes' command line holds
     "controller": "ray::TrainController",
+    "executions": "ray::ExecutionsActor",
     "execution": "ray::SplitCoordinator",
     "reader": "ray::ReadActionSource",
     "worker": "ray::RayTrainWorker",
+    "raylet": "raylet/raylet",
+    "gcs": "gcs/gcs_server",
 }
 AHEAD = 20_000  # events that the topic is kept ahead of the trainer
 START_MS = 1_700_000_000_000
@@ -113,14 +116,14 @@ def resident(driver: int) -> dict[str, int]:
         if not directory.name.isdigit():
             continue
         try:
-            title = (directory / "cmdline").read_bytes().decode(errors="replace")
+            title = (directory / "cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace")
             status = (directory / "stat").read_text()
             pages = int((directory / "statm").read_text().split()[1])
         except OSError:  # it has just ended
             continue
         pid = int(directory.name)
         parents[pid] = int(status.rpartition(")")[2].split()[1])
-        role = next((role for role, begins in ROLES.items() if title.startswith(begins)), None)
+        role = next((role for role, part in ROLES.items() if part in title), None)
         if pid == driver or role:
             sizes.append((pid, "driver" if pid == driver else role, pages * os.sysconf("SC_PAGE_SIZE")))
     for pid, role, size in sizes:

@@ -1,0 +1,123 @@
+"""Executions one after another: each with an actor of its own, which ends with it."""
+
+import concurrent.futures
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+from ray.data import DataIterator
+
+from grstream import config as configs
+from grstream.executions import Executions
+from grstream.kafka import create_topic
+from grstream.ledger import Ledger
+from grstream.microbatch import MicroBatch
+from grstream.until import end_offsets
+from tests.faults.killing import descendants
+from tests.grstream.streams import Stream, make_config
+
+pytestmark = [pytest.mark.kafka, pytest.mark.ray_cluster]
+
+OWNER, COORDINATOR, READER = "ray::ExecutionsActor", "ray::SplitCoordinator", "ray::ReadActionSource"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """With as many CPUs as the two readers of an execution need."""
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def begin(
+    cluster: None, tmp_path: pathlib.Path, kafka_bootstrap: str
+) -> Iterator[Callable[[float], tuple[configs.Config, Executions]]]:
+    """Executions that are renewed after so many seconds, of a topic of their own; what they leave is none."""
+    begun: list[Executions] = []
+
+    def begin(recycle_s: float) -> tuple[configs.Config, Executions]:
+        source = {"readers": 2, "reader_cpus": 1, "flush_events": 16, "recycle_s": recycle_s}
+        config = make_config(tmp_path, kafka_bootstrap, source=source)
+        create_topic(config.kafka, 2)
+        begun.append(Executions(config, None))
+        return config, begun[-1]
+
+    yield begin
+    begun[0].close()
+    wait(lambda: not any(map(descendants, (OWNER, COORDINATOR, READER))))
+
+
+def batches(split: DataIterator) -> Iterator[MicroBatch]:
+    for block in split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield MicroBatch.from_block(block)  # type: ignore[arg-type]
+
+
+def running(executions: Executions) -> Any:
+    """A new execution whose two readers both run, for as long as this is held."""
+    [split] = executions.renew(Ledger(), 1)
+    held, greeted = batches(split), 0
+    while greeted < 2:
+        greeted += not next(held).ranges
+    return held
+
+
+def reservations() -> list[str]:
+    """Of the cluster's CPUs, by what Ray Data has running; one that is not given back stands for 180 s."""
+    actor: Any = ray.get_actor("AutoscalingCoordinator", "AutoscalingCoordinator")
+    return ray.get(actor.__ray_call__.remote(lambda self: list(self._ongoing_reqs)))
+
+
+def wait(until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_renewed_execution_goes_on_from_the_position_in_an_actor_of_its_own(begin: Any) -> None:
+    config, executions = begin(0.5)
+    stream, ledger, actors = Stream(config), Ledger(), set()
+    with concurrent.futures.ThreadPoolExecutor(2) as ranks:
+        for count in range(3):
+            stream.send(100)
+            for parts in ranks.map(lambda split: list(batches(split)), executions.renew(ledger, 2)):
+                for batch in parts:
+                    for r in batch.ranges:
+                        ledger.add(r)
+            wait(lambda: len(descendants(COORDINATOR)) == 1)
+            actors.update(descendants(COORDINATOR))
+            assert len(actors) == count + 1
+    assert {p: ledger.watermark(p) for p in ledger.partitions()} == end_offsets(config)
+
+
+def test_an_execution_that_is_renewed_in_its_midst_leaves_neither_actor_nor_readers_nor_reservations(
+    begin: Any,
+) -> None:
+    _, executions = begin(1000)
+    before = running(executions)
+    old, reserved = descendants(COORDINATOR) + descendants(READER), reservations()
+    assert (len(old), len(reserved)) == (3, 1)
+    now = running(executions)
+    wait(lambda: not set(descendants(COORDINATOR) + descendants(READER)) & set(old))
+    assert (len(descendants(COORDINATOR)), len(descendants(READER))) == (1, 2)
+    wait(lambda: reserved[0] not in reservations())
+    del before, now
+
+
+def test_a_killed_owner_is_started_again_and_leaves_no_orphan(begin: Any) -> None:
+    _, executions = begin(1000)
+    [split] = executions.renew(Ledger(), 1)
+    wait(lambda: len(descendants(COORDINATOR)) == 1)
+    old = descendants(COORDINATOR)
+    [owner] = descendants(OWNER)
+    os.kill(owner, signal.SIGKILL)
+    now = running(executions)
+    wait(lambda: len(descendants(COORDINATOR)) == 1)
+    assert descendants(COORDINATOR) != old
+    del split, now
