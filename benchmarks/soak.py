@@ -5,9 +5,10 @@
 A development broker, a Ray cluster of its own and `jobs/train_stream.py`, with small budgets that the stream
 outgrows in its first minute: users and events of the histories, duplicate ids, rows of the vocabulary, object
 store. Items and users are born for ever. Every second the resident memory of each role's processes is read:
-the driver, Ray Train's controller, the actor that makes executions and the one that holds the present one, the
-reader, the worker, and Ray's own raylet (whose memory the object store counts as) and control service. After a warm-up of a third of the time, the least of each renewal of the execution is kept, and a line is laid
-through those: `slope` is its rise over the rest of the run, as a share of its mean.
+the driver, Ray Train's controller, the actor that makes the executions and the one that holds the present
+one, the reader, the worker, and Ray's raylet and control service. After a warm-up of a third of the time, the
+least of each renewal of the execution is kept, and a line is laid through those: `slope` is its rise over the
+rest of the run, as a share of its mean.
 """
 
 import argparse
