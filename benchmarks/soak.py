@@ -6,9 +6,9 @@ A development broker, a Ray cluster of its own and `jobs/train_stream.py`, with 
 outgrows in its first minute: users and events of the histories, duplicate ids, rows of the vocabulary, object
 store. Items and users are born for ever. Every second the resident memory of each role's processes is read:
 the driver, Ray Train's controller, the actor that makes the executions and the one that holds the present
-one, the reader, the worker, and Ray's raylet and control service. After a warm-up of a third of the time, the
-least of each renewal of the execution is kept, and a line is laid through those: `slope` is its rise over the
-rest of the run, as a share of its mean.
+one, the reader, the worker, and Ray's raylet and control service. What is younger than 20 s has not grown yet
+and is left out. After a warm-up of a third of the time, the least of each renewal of the execution is kept,
+and a line is laid through those: `slope` is its rise over the rest of the run, as a share of its mean.
 """
 
 import argparse
@@ -40,6 +40,7 @@ ROLES = {  # role -> what the first word of its processes' command line holds
     "raylet": "raylet/raylet",
     "gcs": "gcs/gcs_server",
 }
+YOUNG_S = 20.0
 AHEAD = 20_000  # events that the topic is kept ahead of the trainer
 START_MS = 1_700_000_000_000
 
@@ -113,6 +114,7 @@ def resident(driver: int) -> dict[str, int]:
     """Bytes of resident memory by role, of processes that this one started; the object store counts, too."""
     found = dict.fromkeys(("driver", *ROLES), 0)
     parents, sizes = {}, []
+    ticks = (time.clock_gettime(time.CLOCK_BOOTTIME) - YOUNG_S) * os.sysconf("SC_CLK_TCK")
     for directory in pathlib.Path("/proc").iterdir():
         if not directory.name.isdigit():
             continue
@@ -123,9 +125,10 @@ def resident(driver: int) -> dict[str, int]:
         except OSError:  # it has just ended
             continue
         pid = int(directory.name)
-        parents[pid] = int(status.rpartition(")")[2].split()[1])
+        fields = status.rpartition(")")[2].split()  # from the third on, see proc_pid_stat(5)
+        parents[pid] = int(fields[1])
         role = next((role for role, part in ROLES.items() if part in title), None)
-        if pid == driver or role:
+        if (pid == driver or role) and int(fields[19]) < ticks:
             sizes.append((pid, "driver" if pid == driver else role, pages * os.sysconf("SC_PAGE_SIZE")))
     for pid, role, size in sizes:
         while pid > 1 and pid != os.getpid():

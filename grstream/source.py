@@ -10,7 +10,9 @@ Ray 2.60 is given its settings here, each of them a trap otherwise:
 - it shapes blocks to 128 MB, and nothing arrives for tens of seconds: `target_max_block_size` 1;
 - it runs a dead read task again from its start and drops outputs by index: `max_retries` 0;
 - it ends an execution that moved no block for 30 minutes, as a quiet stream may: no such guard;
-- it prefetches without a bound that knows of time: a byte cap, which keeps readers a few blocks ahead.
+- it prefetches without a bound that knows of time: a byte cap, which keeps readers a few blocks ahead;
+- it runs the next execution's read tasks in the processes of the last, whose heaps never shrink again:
+  `max_calls` 1, a process for each.
 """
 
 import functools
@@ -103,5 +105,6 @@ def actions(config: Config, position: Ledger, until: Until | None = None) -> Dat
             ActionSource(config, position, until),
             override_num_blocks=config.source.readers,
             num_cpus=config.source.reader_cpus,
+            max_calls=1,
             ray_remote_args={"max_retries": 0},
         )
