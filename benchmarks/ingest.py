@@ -35,6 +35,7 @@ import ray
 
 from grstream import config as configs
 from grstream.events import EventDecoder
+from grstream.executions import Split
 from grstream.histories import RollingHistories
 from grstream.kafka import consumer, create_topic, producer
 from grstream.ledger import Disposition, Ledger
@@ -147,10 +148,10 @@ def input_wait_share(config: configs.Config) -> float:
 
 def read_source(config: configs.Config, count: int) -> tuple[float, int]:
     """Events per second of ActionSource, and the bytes of its micro-batches."""
-    [shard] = actions(config, Ledger(), Until(offsets=end_offsets(config))).streaming_split(1, equal=False)
+    [split] = actions(config, Ledger(), Until(offsets=end_offsets(config))).streaming_split(1, equal=False)
     began, first, seen, size = 0.0, 0, 0, 0
     ledger = Ledger()
-    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    for block in Split(split):
         batch = MicroBatch.from_block(block)
         if batch.new_events and not first:
             began, first = time.perf_counter(), batch.new_events

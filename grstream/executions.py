@@ -9,7 +9,9 @@ take its execution with it before that could give back what it has reserved of t
 holds for 180 s; and what a rank starts would wait for a place in the rank's own placement group.
 """
 
+import dataclasses
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +28,24 @@ from grstream.until import Until
 logger = logging.getLogger(__name__)
 
 END_S = 10.0  # Ray Data joins its own threads for 2 s
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """What one rank gets of an execution: micro-batches as blocks, to be iterated over once."""
+
+    iterator: DataIterator
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        # As `iter_batches` does, which in Ray 2.60 holds the newest block back until the next one comes or,
+        # without prefetching, leaves a thread behind.
+        bundles, _, executor = self.iterator._to_ref_bundle_iterator()
+        try:
+            for bundle in bundles:
+                for ref in bundle.block_refs:
+                    yield ray.get(ref)
+        finally:
+            self.iterator._on_iteration_end(executor)
 
 
 class ExecutionsActor:
@@ -64,13 +84,12 @@ class Executions:
         remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ExecutionsActor)
         self._actor: Any = remote.options(scheduling_strategy=here).remote(config, until)
 
-    def renew(self, position: Ledger, ranks: int) -> list[DataIterator]:
+    def renew(self, position: Ledger, ranks: int) -> list[Split]:
         """End the execution there is and begin one that emits what `position` does not hold.
 
-        One iterator for each rank. The execution begins when all of them are iterated over, each once, and
-        each gets whatever block is next.
+        It begins when all ranks iterate, and each of them gets whatever block is next.
         """
-        return ray.get(self._actor.renew.remote(position.to_table(), ranks))
+        return [Split(it) for it in ray.get(self._actor.renew.remote(position.to_table(), ranks))]
 
     def close(self) -> None:
         """End the execution and the actor."""

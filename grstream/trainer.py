@@ -12,9 +12,10 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
+import pyarrow as pa
 import torch
 
 from grstream.board import Board, Progress
@@ -63,19 +64,19 @@ class Vote(NamedTuple):
 class Executions(Protocol):
     """`grstream.executions.Executions`, or what stands in for it."""
 
-    def renew(self, position: Ledger, ranks: int) -> list[Any]: ...
+    def renew(self, position: Ledger, ranks: int) -> Sequence[Iterable[pa.Table]]: ...
 
 
 class Feed:
     """The blocks of one Ray Data execution, drawn by a thread, so that a turn need not wait for one."""
 
-    AHEAD = 2  # blocks drawn before they are asked for; Ray Data keeps its own few
+    AHEAD = 2  # blocks drawn before they are asked for
 
-    def __init__(self, shard: Any) -> None:
+    def __init__(self, split: Iterable[pa.Table]) -> None:
         self._blocks: queue.Queue[MicroBatch] = queue.Queue(self.AHEAD)
         self._closed = threading.Event()
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "feed")
-        self._drawing = self._pool.submit(self._draw, shard)
+        self._drawing = self._pool.submit(self._draw, split)
 
     def next(self, timeout_s: float) -> MicroBatch | None:
         """The next micro-batch, or None if none came in time. Raises what stopped the execution, if so."""
@@ -94,8 +95,8 @@ class Feed:
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _draw(self, shard: Any) -> None:
-        for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    def _draw(self, split: Iterable[pa.Table]) -> None:
+        for block in split:
             batch = MicroBatch.from_block(block)
             while not self._closed.is_set():
                 try:
@@ -157,8 +158,8 @@ class Trainer:
         idle = False  # whether the last execution settled nothing
         while not (self._stopping or self._bound_reached(idle)):
             settled = self._settled()
-            shards = executions.renew(self._ledger, self._ranks.world) if self._leads else []
-            feed = Feed(self._ranks.gather(shards)[0][self._ranks.rank])
+            splits = executions.renew(self._ledger, self._ranks.world) if self._leads else []
+            feed = Feed(self._ranks.gather(splits)[0][self._ranks.rank])
             try:
                 self._consume(feed)
             finally:

@@ -4,16 +4,16 @@ import concurrent.futures
 import os
 import pathlib
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import ray
-from ray.data import DataIterator
 
 from grstream import config as configs
-from grstream.executions import Executions
+from grstream.executions import Executions, Split
 from grstream.kafka import create_topic
 from grstream.ledger import Ledger
 from grstream.microbatch import MicroBatch
@@ -53,9 +53,8 @@ def begin(
     wait(lambda: not any(map(descendants, (OWNER, COORDINATOR, READER))))
 
 
-def batches(split: DataIterator) -> Iterator[MicroBatch]:
-    for block in split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield MicroBatch.from_block(block)  # type: ignore[arg-type]
+def batches(split: Split) -> Iterator[MicroBatch]:
+    return map(MicroBatch.from_block, split)
 
 
 def running(executions: Executions) -> Any:
@@ -82,7 +81,7 @@ def wait(until: Callable[[], bool]) -> None:
 
 def test_a_renewed_execution_goes_on_from_the_position_in_an_actor_of_its_own(begin: Any) -> None:
     config, executions = begin(0.5)
-    stream, ledger, actors = Stream(config), Ledger(), set()
+    stream, ledger, actors, threads = Stream(config), Ledger(), set(), 0
     with concurrent.futures.ThreadPoolExecutor(2) as ranks:
         for count in range(3):
             stream.send(100)
@@ -93,6 +92,8 @@ def test_a_renewed_execution_goes_on_from_the_position_in_an_actor_of_its_own(be
             wait(lambda: len(descendants(COORDINATOR)) == 1)
             actors.update(descendants(COORDINATOR))
             assert len(actors) == count + 1
+            threads = threads or threading.active_count()
+            assert threading.active_count() <= threads
     assert {p: ledger.watermark(p) for p in ledger.partitions()} == end_offsets(config)
 
 

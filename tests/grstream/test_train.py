@@ -72,7 +72,7 @@ class Shard:
         self.positions.append(Ledger(position))
         return [self]
 
-    def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
+    def __iter__(self) -> Iterator[pa.Table]:
         for batch in self.executions.pop(0):
             yield batch.to_block()
 
@@ -254,14 +254,14 @@ class Endless(Shard):
     def __init__(self, stream: list[MicroBatch]) -> None:
         super().__init__([stream])
 
-    def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
-        yield from super().iter_batches(**options)
+    def __iter__(self) -> Iterator[pa.Table]:
+        yield from super().__iter__()
         time.sleep(2)
 
 
 class _Killed(Endless):
-    def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
-        yield from Shard.iter_batches(self, **options)
+    def __iter__(self) -> Iterator[pa.Table]:
+        yield from Shard.__iter__(self)
         raise RuntimeError("killed")
 
 
@@ -289,8 +289,8 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_touch_it(
     monkeypatch.setattr(CheckpointStore, "write", slow)
 
     class Stream(Shard):
-        def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
-            for i, block in enumerate(super().iter_batches(**options)):
+        def __iter__(self) -> Iterator[pa.Table]:
+            for i, block in enumerate(super().__iter__()):
                 if i == 6:  # a greeting and five steps
                     wait(lambda: trainer._learner.steps == 5)
                     trainer._next_checkpoint = 0.0
@@ -341,8 +341,8 @@ def test_weights_that_went_bad_are_neither_published_nor_saved_and_end_the_run(
     stream = batches(60)
 
     class Breaking(Shard):
-        def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
-            for i, block in enumerate(super().iter_batches(**options)):
+        def __iter__(self) -> Iterator[pa.Table]:
+            for i, block in enumerate(super().__iter__()):
                 if i == 30:
                     wait(lambda: trainer._learner.steps == 29)
                     with torch.no_grad():
