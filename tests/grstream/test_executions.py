@@ -83,8 +83,11 @@ def test_a_renewed_execution_goes_on_from_the_position_in_an_actor_of_its_own(be
     config, executions = begin(0.5)
     stream, ledger, actors, threads = Stream(config), Ledger(), set(), 0
     with concurrent.futures.ThreadPoolExecutor(2) as ranks:
-        for count in range(3):
-            stream.send(100)
+        for count in range(30):
+            if count < 3:
+                stream.send(100)
+            elif {p: ledger.watermark(p) for p in ledger.partitions()} == end_offsets(config):
+                break
             for parts in ranks.map(lambda split: list(batches(split)), executions.renew(ledger, 2)):
                 for batch in parts:
                     for r in batch.ranges:

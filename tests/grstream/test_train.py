@@ -38,6 +38,7 @@ from grstream.strays import StrayUsers
 from grstream.train import NotEnoughCpus, train
 from grstream.trainer import Trainer
 from grstream.until import Until
+from grstream.vocabulary import DAY_MS
 from grstream.weight_store import WeightStore
 from grstream.weights import NonFiniteWeights
 from tests.grstream.micro_batches import random_batches
@@ -355,6 +356,7 @@ def test_weights_that_went_bad_are_neither_published_nor_saved_and_end_the_run(
         trainer.run(Breaking([[GREETING, *stream]]))
     assert caught.value.now > caught.value.before + 0.5
     assert "neither published nor saved" in caplog.text
+    trainer._saver.shutdown()  # the last good checkpoint may be under way still
     found = CheckpointStore(config.storage / "checkpoints").newest()
     assert found is not None
     assert 20 < found.record.step <= 30
@@ -416,6 +418,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, kafka_bootstrap: str) -> Strea
         kafka_bootstrap,
         source={"readers": 2, "flush_events": 64, "flush_ms": 100, "recycle_s": 1.5},
         train={"workers": 2, "checkpoint_every_s": 1, "publish_every_s": 0.5},
+        model={"layers": 1, "dim": 8, "heads": 1, "popularity_days": [1e6]},
     )
     create_topic(config.kafka, 3)
     return Stream(config)
@@ -424,7 +427,8 @@ def job(tmp_path_factory: pytest.TempPathFactory, kafka_bootstrap: str) -> Strea
 def keys_of_ranks(config: configs.Config, ranks: int) -> set[int]:
     """The vocabulary's keys in the newest checkpoint, every one in the part of the rank that owns it.
 
-    Rows are as old as their counts say: each event that was trained is counted at its item, once.
+    Rows are as old as their counts say: each event that was trained is counted at its item, once, and of the
+    job's half-life is worth as much as ever.
     """
     found = CheckpointStore(config.storage / "checkpoints").newest()
     assert found is not None
@@ -432,7 +436,9 @@ def keys_of_ranks(config: configs.Config, ranks: int) -> set[int]:
     assert len(parts) == ranks
     for rank, part in enumerate(parts):
         assert (owners(part.keys, ranks) == rank).all()
-    assert sum(int(part.counts.sum()) for part in parts) == found.record.events
+    [days] = config.model.popularity_days
+    worth = [np.exp2(part.levels - part.clock_ms / days / DAY_MS).sum() for part in parts]
+    assert sum(worth) == pytest.approx(found.record.events, rel=1e-3)
     return {key for part in parts for key in part.keys.tolist()}
 
 
