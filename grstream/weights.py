@@ -82,13 +82,15 @@ class Weights:
             delta.require_fits(n)
             n = delta.size
         keys, rows, items = (_grown(array, n) for array in (self.keys, self.rows, self.items))
-        names = self.item_names
+        names = dict(self.item_names)
         n = len(self.keys)
         for delta in deltas:
-            if names or delta.item_names:
-                held = delta.places[delta.places < n]
-                evicted = set(keys[held].tolist()) - set(delta.keys.tolist())
-                names = {key: name for key, name in names.items() if key not in evicted} | delta.item_names
+            if names:
+                # A key that was evicted took its name along, even if a history has brought it back.
+                held = keys[delta.places[delta.places < n]]
+                for key in np.setdiff1d(held, delta.keys[delta.items]).tolist():
+                    names.pop(key, None)
+            names.update(delta.item_names)
             keys[delta.places], rows[delta.places] = delta.keys, delta.rows
             items[delta.places] = delta.items
             n = delta.size

@@ -58,14 +58,17 @@ class Run:
         self.store = WeightStore(config.storage / "weights")
         self.published: dict[int, Weights] = {}  # as they were, whole
 
-    def learn(self, keys: list[int], named: bool = False, seed: int = 0, idle: int = 0) -> None:
-        """A step about these distinct keys, the even ones items; the first `idle` get no gradient."""
+    def learn(self, keys: list[int], history: bool = False, seed: int = 0, idle: int = 0) -> None:
+        """A step about these distinct keys; the first `idle` get no gradient.
+
+        Even ones are items, every second of those with a string for an id; a history does not say so.
+        """
         at, vocabulary = np.array(keys, np.int64), self.learner.vocabulary
-        rows = vocabulary.admit(at, at % 2 == 0)[idle:]
+        rows = vocabulary.admit(at, (at % 2 == 0) & (not history))[idle:]
         draw = torch.Generator().manual_seed(seed)
         vocabulary.update(rows, torch.randn(len(rows), DIM, generator=draw), 0.1)
-        if named:
-            vocabulary.name({key: f"item {key}" for key in keys})
+        if not history:
+            vocabulary.name({key: f"item {key}" for key in keys if key % 4 == 0})
         with torch.no_grad():
             for parameter in self.learner.model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.01)

@@ -71,7 +71,7 @@ def test_without_ray_or_an_actor_nothing_is_found_and_storage_is_used(tmp_path: 
 @pytest.mark.ray_cluster
 class TestCluster:
     def test_a_base_and_deltas_come_from_the_object_store_bit_for_bit(self, run: Run) -> None:
-        run.learn(list(range(100)), named=True)
+        run.learn(list(range(100)))
         run.publish()
         damage(run, 1, ROWS)  # so that storage cannot be where it comes from
         follower = reader(run)

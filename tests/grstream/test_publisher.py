@@ -50,12 +50,12 @@ class AnySequence(RuleBasedStateMachine):
 
     @rule(
         keys=st.lists(st.integers(-9, 9), min_size=1, max_size=5, unique=True),
-        named=st.booleans(),
+        history=st.booleans(),
         seed=st.integers(0, 99),
         idle=st.integers(0, 2),
     )
-    def learn(self, keys: list[int], named: bool, seed: int, idle: int) -> None:
-        self.run.learn(keys, named, seed, idle)
+    def learn(self, keys: list[int], history: bool, seed: int, idle: int) -> None:
+        self.run.learn(keys, history, seed, idle)
 
     @rule()
     def publish(self) -> None:
@@ -172,7 +172,7 @@ def test_a_failed_publish_loses_no_touched_key(tmp_path: pathlib.Path) -> None:
         with failing(at, tmp_path / "weights"), pytest.raises(OSError, match=r"read-only|input/output"):
             run.publish()
         assert run.publisher.version == 1
-        run.learn([8], named=True, seed=2)  # while it was away
+        run.learn([8], seed=2)  # while it was away
     # Training goes on, and later is told that it went wrong.
     with failing("writing", tmp_path / "weights"):
         run.publisher.publish({}, 0)
@@ -183,7 +183,7 @@ def test_a_failed_publish_loses_no_touched_key(tmp_path: pathlib.Path) -> None:
     assert (manifest.previous, manifest.whole) == (1, False)
     delta = run.store._delta(manifest, OF_DELTA)
     assert delta.keys.tolist() == [2, 4, 8], "all since version 1, and key 6 was not touched"
-    assert delta.item_names == {8: "item 8"}
+    assert delta.item_names == {4: "item 4", 8: "item 8"}
     assert_same(run.store.load(number).weights, run.published[number])
 
 
@@ -283,6 +283,21 @@ def test_a_key_that_was_evicted_and_came_back_has_what_it_learned_since(tmp_path
     assert sorted(followed.weights.keys.tolist()) == [2, 8]
     assert_same(followed.weights, run.published[number])
     assert sorted(held.weights.keys.tolist()) == [2, 4], "what is served is not changed"
+
+
+def test_a_key_that_was_evicted_and_comes_back_in_a_history_has_no_name(tmp_path: pathlib.Path) -> None:
+    run = Run(make_config(tmp_path, vocabulary_rows=2))
+    run.learn([4, 2])
+    number = run.publish()
+    assert run.store.load(number).weights.item_names == {4: "item 4"}
+    run.learn([6, 10], seed=1)
+    run.learn([4], history=True, seed=2)
+    number = run.publish()
+    assert not run.store.manifest(number).whole
+    found = run.store.load(number).weights
+    assert 4 in found.keys
+    assert found.item_names == {}
+    assert_same(found, run.published[number])
 
 
 def test_a_copy_for_a_delta_is_of_the_touched_rows_alone(
@@ -455,7 +470,7 @@ def test_an_engine_that_took_deltas_scores_as_one_built_from_the_whole(
     run = Run(make_config(storage, base_every=base_every, vocabulary_rows=budget))
     reader, followed = WeightStore(storage / "weights"), Engine(run.config.serve)
     for step, (keys, poll) in enumerate(zip(steps, polled, strict=False)):
-        run.learn(keys, named=step % 2 == 0, seed=step)
+        run.learn(keys, history=step % 2 == 0, seed=step)
         number = run.publish()
         if not poll:
             continue
