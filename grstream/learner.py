@@ -87,6 +87,7 @@ class Learner:
         self.metrics = StreamMetrics(config.events.actions, config.train.recent_events)
         self.quality = WindowedQuality(config.events.actions, config.quality)
         self.steps = 0
+        self.keys = self.evicted = 0  # of all ranks' vocabularies, as of the last step
         self._optimizer = _optimizer(self.model, config.train)
         weights = config.train.action_weights
         self._action_weights = torch.tensor(
@@ -141,14 +142,16 @@ class Learner:
         # The one wait for a GPU.
         probabilities, ranks, shown, fine = _read([torch.sigmoid(logits.float()), of_items, losses, finite])
         said = self._predictions(batch, labels, probabilities, ranks, items)
-        told = self.ranks.gather((said, shown.astype(np.float64), bool(fine)))
-        shown = np.sum([losses for _, losses, _ in told], axis=0)
-        if not all(fine for _, _, fine in told):
+        held = (len(self.vocabulary), self.vocabulary.evicted)
+        told = self.ranks.gather((said, shown.astype(np.float64), bool(fine), held))
+        shown = np.sum([losses for _, losses, _, _ in told], axis=0)
+        if not all(fine for _, _, fine, _ in told):
             raise NonFiniteLoss(f"step {self.steps + 1}: ranking and retrieval loss {shown.tolist()}")
         self._optimizer.step()
         self.vocabulary.update(rows, gradient, self.config.train.row_learning_rate)
         self.shards.count(fetched)
-        predictions = Predictions.concat([said for said, _, _ in told])
+        predictions = Predictions.concat([said for said, _, _, _ in told])
+        self.keys, self.evicted = (sum(counts) for counts in zip(*(held for *_, held in told), strict=True))
         self.metrics.update(predictions)
         self.quality.update(predictions)
         self.steps += 1
@@ -432,7 +435,7 @@ class Learner:
         held = self._shard()
         held.restore(dealt(parts, self.ranks))
         self.shards, self._places = Shards(held, self.ranks), Places()
-        self.steps = common["steps"]
+        self.steps, self.keys = common["steps"], sum(len(part.keys) for part in parts)
         self.model.load_state_dict(to_tensors(common["model"]))
         self._optimizer.load_state_dict(to_tensors(common["optimizer"]))
         self.metrics.load(common["metrics"])

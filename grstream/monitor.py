@@ -99,8 +99,8 @@ class Monitor:
             Row("checkpoint", progress.checkpoint),
             Row("gate_open", int(gate_open)),
             Row("strays", progress.strays),
-            Row("vocabulary_keys", len(learner.vocabulary)),
-            Row("vocabulary_evictions", learner.vocabulary.evicted),
+            Row("vocabulary_keys", learner.keys),
+            Row("vocabulary_evictions", learner.evicted),
         ]
 
     # -- Ray ----------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Monitor:
         self._count(telemetry.EVENTS, self._events)
         self._count(telemetry.STEPS, self._steps)
         self._count(telemetry.TOKENS, self._tokens)
-        self._count(telemetry.EVICTIONS, learner.vocabulary.evicted)
+        self._count(telemetry.EVICTIONS, learner.evicted)
         for name, count in progress.settled.items():
             self._count(telemetry.SETTLED, count, name)
         if self._last:

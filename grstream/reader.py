@@ -30,7 +30,7 @@ from kafka.consumer.fetcher import ConsumerRecord
 
 from grstream.config import Config
 from grstream.events import EventDecoder, Rejected
-from grstream.histories import RollingHistories
+from grstream.histories import Counters, RollingHistories
 from grstream.kafka import (
     BrokerUnavailable,
     DeadLetters,
@@ -429,6 +429,10 @@ class LogReader:
                 raise
 
         self._persistently(send)
+
+    def counters(self) -> dict[int, Counters]:
+        """What each partition's histories hold, and what happened in them so far."""
+        return {p: reader.histories.counters() for p, reader in self._partitions.items()}
 
     def _states(self) -> list[tuple[int, RollingHistories, int]]:
         return [(p, reader.histories, reader.position) for p, reader in self._partitions.items()]

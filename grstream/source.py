@@ -17,8 +17,9 @@ Ray 2.60 is given its settings here, each of them a trap otherwise:
 
 import functools
 import logging
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
 import ray.data
@@ -33,11 +34,26 @@ from ray.data import (
 from ray.data.block import BlockMetadata
 from ray.util.annotations import RayDeprecationWarning
 
+from grstream import telemetry
 from grstream.config import Config
+from grstream.histories import Counters
 from grstream.ledger import Ledger
 from grstream.microbatch import MicroBatch
 from grstream.reader import LogReader, collect_seldom
+from grstream.telemetry import Exporter
 from grstream.until import Until
+
+EXPORT_S = 5.0  # between two looks at what a reader's histories hold
+_GAUGES = {
+    telemetry.USERS: "users",
+    telemetry.HISTORY_EVENTS: "events",
+    telemetry.HISTORY_BYTES: "bytes",
+    telemetry.USERS_EVICTED: "evicted",
+    telemetry.LATE: "late",
+    telemetry.TOO_LATE: "too_late",
+    telemetry.OPEN_EXPOSURES: "open_exposures",
+    telemetry.CLOSED_EARLY: "closed_early",
+}
 
 
 class ReadersNotStarted(RuntimeError):
@@ -85,8 +101,18 @@ def _read(config: Config, reader: int, position: Ledger, until: Until | None) ->
     logging.getLogger("kafka").setLevel(logging.WARNING)  # it tells of every connection
     collect_seldom()
     yield MicroBatch.empty(len(config.events.features)).to_block()
-    for batch in LogReader(config, reader, position, until).batches():
+    log = LogReader(config, reader, position, until)
+    exporter, due = Exporter(), time.monotonic()
+    for batch in log.batches():
         yield batch.to_block()
+        if time.monotonic() >= due:
+            _export(exporter, log.counters())
+            due = time.monotonic() + EXPORT_S
+
+
+def _export(exporter: Exporter, counters: Mapping[int, Counters]) -> None:
+    for metric, field in _GAUGES.items():
+        exporter.set_all(metric, {(p,): getattr(held, field) for p, held in counters.items()})
 
 
 def actions(config: Config, position: Ledger, until: Until | None = None) -> Dataset:

@@ -42,7 +42,8 @@ TOKENS = Metric("grstream_train_tokens", Kind.COUNTER, "Memory and query tokens 
 SETTLED = Metric(
     "grstream_train_offsets",
     Kind.COUNTER,
-    "Offsets settled, by what became of them: trained, duplicate, dead_letter, tombstone, control, lost.",
+    "Offsets settled, by what became of them: trained, duplicate, dead_letter, tombstone, control, lost, "
+    "joined, correction.",
     ("disposition",),
 )
 STEP_SECONDS = Metric(
@@ -115,6 +116,33 @@ GATE = Metric(
 )
 STRAYS = Metric(
     "grstream_stray_users", Kind.GAUGE, "Users, one in 16 looked at, whose events came by several partitions."
+)
+
+# -- the trainer's readers ----------------------------------------------------------------------------------
+
+USERS = Metric("grstream_reader_users", Kind.GAUGE, "Users whose histories are held.", ("partition",))
+HISTORY_EVENTS = Metric("grstream_reader_events", Kind.GAUGE, "Events in all histories.", ("partition",))
+HISTORY_BYTES = Metric("grstream_reader_bytes", Kind.GAUGE, "Allocated for histories.", ("partition",))
+USERS_EVICTED = Metric(
+    "grstream_reader_users_evicted", Kind.GAUGE, "Users who made room for others, ever.", ("partition",)
+)
+LATE = Metric(
+    "grstream_reader_late_events", Kind.GAUGE, "Events that were placed before others, ever.", ("partition",)
+)
+TOO_LATE = Metric(
+    "grstream_reader_too_late_events",
+    Kind.GAUGE,
+    "Events that came too late to be placed where they belong, ever.",
+    ("partition",),
+)
+OPEN_EXPOSURES = Metric(
+    "grstream_reader_open_exposures", Kind.GAUGE, "Exposures whose window has not ended.", ("partition",)
+)
+CLOSED_EARLY = Metric(
+    "grstream_reader_exposures_closed_early",
+    Kind.GAUGE,
+    "Exposures that ended before their window, ever, because too many events waited.",
+    ("partition",),
 )
 
 METRICS = tuple(value for value in globals().values() if isinstance(value, Metric))

@@ -290,6 +290,7 @@ def test_ranks_of_a_process_each_learn_as_ranks_of_threads_do(tmp_path: pathlib.
     learners = [Learner(small_config(), Ranks(rank, 2)) for rank in range(2)]
     in_threads(learners, _learn_part)
     threads = all_weights(learners)
+    assert [learner.keys for learner in learners] == [len(threads.keys)] * 2
     for world in (1, 2, 3):
         learners = loaded(tmp_path, world)
         assert sum(len(learner.vocabulary) for learner in learners) == len(threads.keys)

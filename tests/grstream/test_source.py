@@ -20,7 +20,7 @@ import kafka.errors
 import numpy as np
 import pytest
 
-from grstream import checkpoints, segments
+from grstream import checkpoints, segments, source, telemetry
 from grstream import config as configs
 from grstream.histories import RollingHistories
 from grstream.kafka import TopicMissing, create_topic, partition_count, producer
@@ -433,6 +433,28 @@ def test_reading_resumes_behind_the_same_histories(
     whole = read(config.model_copy(update={"storage": config.storage / "other"}))
     assert behind(first) | behind(second) == behind(whole)
     assert list(ledger_of([*first, *second])) == list(ledger_of(whole))
+
+
+def test_a_read_task_exports_what_its_histories_hold(
+    config: configs.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_topic(config.kafka, 2)
+    send(config, events(90))
+    shown: dict[str, dict[tuple[int], float]] = {}
+
+    class Shown:
+        def set_all(self, metric: telemetry.Metric, values: dict[tuple[int], float]) -> None:
+            shown[metric.name] = values
+
+    monkeypatch.setattr(source, "Exporter", Shown)
+    monkeypatch.setattr(source, "collect_seldom", lambda: None)  # this process does more than to read
+    monkeypatch.setattr(source, "EXPORT_S", 0)
+    blocks = list(source._read(config, 0, Ledger(), Until.parse("now", config)))
+    assert len(blocks) > 1
+    assert set(shown) == {m.name for m in telemetry.METRICS if m.name.startswith("grstream_reader_")}
+    assert set(shown["grstream_reader_events"]) == {(0,), (1,)}
+    assert sum(shown["grstream_reader_users"].values()) == 5
+    assert sum(shown["grstream_reader_open_exposures"].values()) == 0
 
 
 def test_what_ranks_ran_ahead_with_is_not_emitted_again(config: configs.Config) -> None:
