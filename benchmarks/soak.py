@@ -3,14 +3,14 @@
     python -m benchmarks.soak [--quick] [--minutes M] [--out FILE.csv]
 
 A development broker, a Ray cluster of its own and `jobs/train_stream.py`, with small budgets that the stream
-outgrows in its first minutes: users and events of the histories, duplicate ids, rows of the vocabulary, what
-Ray remembers of tasks. Items and users are born for ever. Every second the resident memory of each role's
-processes is read: the driver, Ray Train's controller, the actor that makes the executions and the one that
-holds the present one, the reader, the worker, and Ray's raylet and control service. What is younger than 20 s
-has not grown yet and is left out. Shared memory is the object store's, which has a size of its own: it is not
-counted with the processes, and the most that one of them has touched of it is said beside. After a warm-up of
-a third of the time, the least of each renewal of the execution is kept, and a line is laid through those:
-`slope` is its rise over the rest of the run, as a share of its mean.
+outgrows in its first minutes: users and events of the histories, duplicate ids, rows of the vocabulary, the
+windows of quality, what Ray remembers of tasks. Items and users are born for ever. Every second the resident
+memory of each role's processes is read: the driver, Ray Train's controller, the actor that makes the
+executions and the one that holds the present one, the reader, the worker, and Ray's raylet and control
+service. What is younger than 20 s has not grown yet and is left out. Shared memory is the object store's,
+which has a size of its own: it is not counted with the processes, and the most that one of them has touched
+of it is said beside. After a warm-up of a third of the time, the least of each renewal of the execution is
+kept, and a line is laid through those: `slope` is its rise over the rest of the run, as a share of its mean.
 """
 
 import argparse
@@ -63,6 +63,7 @@ def settings(storage: pathlib.Path, bootstrap: str) -> configs.Config:
             },
             "source": {"recycle_s": RECYCLE_S, "ahead_bytes": 8 << 20},
             "model": {"dim": 32, "layers": 1, "heads": 1},
+            "quality": {"windows_h": [0.1, 1]},  # of event time: 360,000 events
             "train": {
                 **{"vocabulary_rows": 10_000, "recent_events": 5_000, "checkpoint_every_s": 15},
                 # The stream's labels are chance: there is nothing to judge.
