@@ -59,6 +59,7 @@ class Shape:
     time_bias: bool = True
     absolute_positions: int = 0
     feedforward: int | None = None
+    popularity_days: tuple[float, ...] = ()
 
 
 FULL = Shape(layers=8, dim=512, heads=4, window=4096, users=32, items=1_000_000, candidates=512)

@@ -288,7 +288,8 @@ def test_a_checkpoint_of_before_loads(tmp_path: pathlib.Path) -> None:
     for batch in random_batches(0, 3):
         learner.step(batch)
     state = learner.state()
-    del state.held["quality"], state.held["metrics"]["window"]["history"]
+    assert state.common is not None
+    del state.common["quality"], state.common["metrics"]["window"]["history"]
     state.save(tmp_path)
     resumed.load(tmp_path)
     assert resumed.metrics.figures() == learner.metrics.figures()

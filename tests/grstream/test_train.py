@@ -530,7 +530,12 @@ class TestJob:
         assert 1500 <= found.record.events <= 2300
 
     def test_a_lasting_error_of_a_reader_ends_the_job_as_itself(self, cluster: None, job: Stream) -> None:
-        config = make_config(job.config.storage, job.config.kafka.bootstrap_servers[0], train={"workers": 1})
+        config = make_config(
+            job.config.storage,
+            job.config.kafka.bootstrap_servers[0],
+            train={"workers": 1},
+            model=job.config.model.model_dump(),
+        )
         create_topic(config.kafka, 3)
         with pytest.raises(LogTruncated, match="created anew"):
             train(config)
