@@ -112,7 +112,7 @@ class Feed:
 def _trim_heap() -> None:
     """Give back what is free in the heap, where the C library is glibc, which does so of its top alone.
 
-    Steps are of different sizes, and leave it full of holes: twice what is in use, and rising for hours.
+    Steps are of different sizes, and leave it full of holes, more of them with every minute.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
