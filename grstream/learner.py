@@ -173,7 +173,7 @@ class Learner:
         distinct, place = np.unique(keys, return_inverse=True)
         table, _ = self.vocabulary.vectors(distinct)
         absent = (np.arange(len(keys)) >= len(batch.items)) & (keys == ABSENT)
-        places = _Places.of(batch, np.where(absent, -1, place))
+        places = _InTable.of(batch, np.where(absent, -1, place))
         outputs = self._encode(batch, places, None, table, train=False)
         logits = self.model.action_logits(outputs.ranking)
         targets = batch.items[batch.roles != Role.CONTEXT]
@@ -183,7 +183,7 @@ class Learner:
 
     # -- parts of a step --------------------------------------------------------------------------------
 
-    def _fetch(self, batch: MicroBatch, acted: npt.NDArray[np.bool_]) -> "tuple[Fetched, _Places]":
+    def _fetch(self, batch: MicroBatch, acted: npt.NDArray[np.bool_]) -> "tuple[Fetched, _InTable]":
         """The rows that the step needs, and where among them those of the batch's keys are."""
         train, new = self.config.train, batch.roles != Role.CONTEXT
         keys = np.concatenate([batch.items, batch.features.reshape(-1)])
@@ -205,7 +205,7 @@ class Learner:
         fetched = self.shards.fetch(asked, negatives)
         places = np.full(len(keys), -1, np.int64)
         places[present] = fetched.places
-        return fetched, _Places.of(batch, places)
+        return fetched, _InTable.of(batch, places)
 
     def _tensor(self, array: npt.NDArray) -> torch.Tensor:
         """A copy as int64 on the device: Arrow's arrays are read-only, and narrow."""
@@ -225,7 +225,7 @@ class Learner:
     def _encode(
         self,
         batch: MicroBatch,
-        places: "_Places",  # of `table`
+        places: "_InTable",  # of `table`
         kept: npt.NDArray[np.bool_] | None,
         table: torch.Tensor,
         train: bool,
@@ -243,7 +243,7 @@ class Learner:
         count = len(tokens.memory_times) + len(tokens.query_times)
         return Outputs(asked.ranking(encoded), asked.retrieval(encoded), count)
 
-    def _events(self, batch: MicroBatch, places: "_Places", table: torch.Tensor) -> Events:
+    def _events(self, batch: MicroBatch, places: "_InTable", table: torch.Tensor) -> Events:
         """The events' vectors: that of the item plus those of its features, and of what context changed."""
         contexts = len(self.config.events.context)
         vectors = F.embedding(self._tensor(places.items), table)
@@ -451,21 +451,21 @@ class Learner:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Places:
+class _InTable:
     """Where in some table the rows of each event's item and features are."""
 
     items: Ints  # (E,)
     features: Ints  # (E, F), -1 where absent
 
     @classmethod
-    def of(cls, batch: MicroBatch, places: Ints) -> "_Places":
+    def of(cls, batch: MicroBatch, places: Ints) -> "_InTable":
         """From those of the items followed by those of the features, event by event."""
         events = len(batch.items)
         return cls(places[:events], places[events:].reshape(batch.features.shape))
 
-    def where(self, kept: npt.NDArray[np.bool_]) -> "_Places":
+    def where(self, kept: npt.NDArray[np.bool_]) -> "_InTable":
         """Those of some events."""
-        return _Places(self.items[kept], self.features[kept])
+        return _InTable(self.items[kept], self.features[kept])
 
 
 def _optimizer(model: Model, config: TrainConfig) -> torch.optim.AdamW:

@@ -235,8 +235,8 @@ class Shards:
             rows = held.lookup(np.concatenate([keys for keys, _ in told]))
             at = np.minimum(np.searchsorted(items, rows), len(items) - 1)
             found = items[at] == rows
-            scores = everyone @ vectors(held.gather(items)).T  # (ΣP, items)
-            scores = scores + prior(on(scores.device, held.popularity(items)))
+            of_items = prior(on(everyone.device, held.popularity(items)))
+            scores = torch.addmm(of_items, everyone, vectors(held.gather(items)).T)  # (ΣP, items)
             own = scores.gather(1, on(scores.device, at)[:, None]).squeeze(1) * on(scores.device, found)
         else:
             scores = everyone.new_empty(len(everyone), 0)

@@ -21,7 +21,7 @@ from grstream.events import EventDecoder, Tombstones
 from grstream.histories import RollingHistories
 from grstream.keys import Namespace, key_of
 from grstream.ledger import Disposition, Ledger, OffsetRange
-from grstream.reader import PartitionReader
+from grstream.partition_reader import PartitionReader
 from grstream.segments import (
     SCHEMA,
     Manifest,

@@ -27,7 +27,8 @@ from grstream.kafka import TopicMissing, create_topic, partition_count, producer
 from grstream.keys import Namespace, key_of, partition_key
 from grstream.ledger import Disposition, Ledger, OffsetRange
 from grstream.microbatch import MicroBatch, Role
-from grstream.reader import LogReader, LogTruncated, OffsetGap, PartitionReader
+from grstream.partition_reader import PartitionReader
+from grstream.reader import LogReader, LogTruncated, OffsetGap
 from grstream.snapshot_files import SnapshotFiles
 from grstream.until import Until, end_offsets
 from tests.grstream.test_segments import write as write_segments
