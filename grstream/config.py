@@ -301,11 +301,38 @@ class ServeConfig(Section):
     max_candidates: int = pydantic.Field(10_000, ge=1, description="per rank request")
     max_events: int = pydantic.Field(1_000, ge=1, description="per actions request")
     max_k: int = pydantic.Field(1_000, ge=1, description="items a retrieve request may ask for")
-    micro_batch: int = pydantic.Field(512, ge=1, description="candidates scored at once: the paper's b_m")
+    micro_batch: int | None = pydantic.Field(
+        None,
+        ge=1,
+        description="candidates of a request scored in one step, the paper's b_m; default: as measured",
+    )
     cache_bytes: int = pydantic.Field(1 << 30, ge=0, description="keys and values kept per scorer replica")
+    page_tokens: int = pydantic.Field(32, ge=16, description="tokens of a page of the cache: a power of two")
+    page_dtype: Literal["float32", "bfloat16", "int8"] = pydantic.Field(
+        "float32", description="of cached keys and values: smaller ones take less room, and round"
+    )
+    versions: int = pydantic.Field(
+        2,
+        ge=1,
+        description="weights versions held at once: the newest, and older ones that users are still at",
+    )
+    max_version_age_s: float = pydantic.Field(
+        10,
+        ge=0,
+        description="how long a user whose history is cached may be served by a version that was followed",
+    )
     poll_weights_s: float = pydantic.Field(0.5, gt=0)
     queue: int = pydantic.Field(256, ge=1, description="requests a replica holds before it answers 503")
     request_timeout_ms: int = pydantic.Field(5_000, ge=1, description="beyond it a request gets a 503")
+    recommend_weights: dict[Name, Annotated[float, pydantic.Field(allow_inf_nan=False)]] = pydantic.Field(
+        {},
+        description="recommendations are ordered by the sum of weight · probability over all actions; "
+        "1 where not given",
+    )
+
+    def weight(self, action: str) -> float:
+        """Of an action's probability in the order of recommendations."""
+        return self.recommend_weights.get(action, 1.0)
 
 
 class ActionRule(Section):

@@ -1,377 +1,564 @@
-"""Histories and candidates to scores, by whichever weights version was swapped in last.
+"""Histories and candidates to scores, in steps that many requests share.
 
 Ranking is M-FALCON (paper section 3.4): a user's history is encoded once, its keys and values are kept, and
-candidates are scored against them in micro-batches of b_m. No score depends on the micro-batch, on the order
-of the candidates or on what the cache held (law 2). An answer comes from one version and names it. Imports
-neither Ray nor Kafka. Thread-safe: swapping builds beside and then exchanges one reference; requests take
-turns.
+candidates are scored against them in micro-batches of b_m. A step takes what is waiting: it encodes the
+missing tokens of some histories as one ragged batch, scores candidates of several requests as another, at
+most b_m of each, and answers those that are finished (continuous batching). So a request for ten thousand
+candidates does not hold up one for fifty. No score depends on the micro-batch, on the order of the
+candidates, on the company in a step or on what the cache held (law 2). An answer comes from one version and
+names it. Imports neither Ray nor Kafka.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import logging
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from grstream.config import ServeConfig
-from grstream.embedding_table import EmbeddingTable
+from grstream.cost import Cost
 from grstream.histories import History
+from grstream.history_tokens import HistoryTokens, memory_tokens
 from grstream.keys import ABSENT, Keys
-from grstream.kv_cache import Entry, KVCache
-from grstream.model import HSTU, Cache
-from grstream.schema import Columns, Schema, placed
+from grstream.kv_cache import CacheFull, KVCache
+from grstream.pages import page_bytes
+from grstream.schema import Schema
 from grstream.scores import (
+    DeadlineExceeded,
+    Encoded,
     EngineNotReady,
+    EngineStopped,
     NonFiniteScores,
+    Rank,
     Ranked,
+    Recommend,
+    Recommended,
+    Retrieve,
     Retrieved,
     Reuse,
-    UnusableWeights,
     WrongFeatures,
 )
-from grstream.tokens import Events, Kind, Tokens, candidate_kind, changed_context, memory_tokens
-from grstream.weights import PRIOR, Manifest, Weights, WeightsVersion
+from grstream.sequences import Part, Sequence, encode, held, room_for
+from grstream.served import Served, build
+from grstream.tokens import Tokens
+from grstream.versions import Versions
+from grstream.weights import Manifest, WeightsVersion
+from grstream.work import Work, work_for
 
 logger = logging.getLogger(__name__)
 
+Future = concurrent.futures.Future
 
-@dataclasses.dataclass(frozen=True)
-class _Served:
-    """All that answers depend on, exchanged as one."""
 
-    manifest: Manifest
-    schema: Schema  # that the weights were trained with
-    given: Schema  # that histories and requests come in
-    columns: Columns  # where the features of `schema` are among those given
-    model: HSTU
-    table: EmbeddingTable
-    item_names: dict[int, str]
-    items: npt.NDArray[np.bool_]  # (n,) which places hold an item
-    item_keys: Keys  # (i,) of these, in the order of places
-    item_vectors: torch.Tensor  # (i, d)
-    prior: torch.Tensor  # (i,) what is added to an item's score in retrieval
+@dataclasses.dataclass(eq=False)
+class _Request:
+    ask: Rank | Retrieve
+    future: Future[Any]
+    asked_at: float
+    begun_at: float | None = None
+    work: Work | None = None
+    sequence: Sequence | None = None
+    # Behind the history, for this request alone: what its context changes.
+    context: HistoryTokens | None = None
+    own_pages: list[int] = dataclasses.field(default_factory=list)
 
     @property
-    def interleaved(self) -> bool:
-        return self.manifest.recipe.model.layout == "interleaved"
+    def ready(self) -> bool:
+        """Whether all that its rows see is encoded."""
+        encoded = self.sequence is not None and self.sequence.ready
+        return encoded and (self.context is None or bool(self.own_pages))
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What an engine has done since it was made."""
+
+    steps: int
+    requests: int  # answered
+    candidates: int  # scored
+    encoded_tokens: int
+    found_tokens: int  # of histories, in the cache
+    hits: int  # requests whose whole history was in the cache, or was empty
+    extends: int
+    misses: int
+    expired: int
+    rebuilt: int  # histories, under a new version in idle steps
+    evicted_pages: int
+    pages: int  # in use
+    cache_bytes: int
+    waiting: int
 
 
 class Engine:
-    """Scores by the newest version it was given, over a cache of keys and values per user.
+    """Scores by the newest version it was given, over a cache of keys and values.
 
     Histories and requests come with the actions and feature columns of `schema`, by default each version's
     own. One of the two schemas may have grown from the other: a version is told of the features that it was
     trained with and that are given, the others are absent to it, and it scores the actions that it knows.
+
+    Thread-safe. Steps run in a thread of the engine's own after `start`; without it, in the threads that ask
+    and wait, by turns.
     """
 
     def __init__(
         self, config: ServeConfig, device: torch.device | str = "cpu", schema: Schema | None = None
     ) -> None:
         self.device = torch.device(device)
-        self._schema = schema
-        self._micro_batch = config.micro_batch
-        self._lock = threading.Lock()
-        self.cache = KVCache(config.cache_bytes)
-        self._served: _Served | None = None
+        self._config, self._schema = config, schema
+        self.cost = Cost.assumed(config.micro_batch)
+        self._turn = threading.Lock()  # over all that a step touches
+        self._wake = threading.Condition()  # over what is incoming
+        self._incoming: collections.deque[_Request] = collections.deque()
+        self._active: collections.deque[_Request] = collections.deque()
+        self._sequences: dict[tuple[Any, ...], Sequence] = {}  # of active requests
+        self._rebuilding: tuple[int, Sequence] | None = None
+        self._versions = Versions(config.versions, config.max_version_age_s)
+        self.cache: KVCache | None = None  # from the first version on
+        self._count: collections.Counter[str] = collections.Counter()
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+
+    # -- from outside -----------------------------------------------------------------------------------
 
     @property
     def manifest(self) -> Manifest | None:
-        """Of the version being served."""
-        served = self._served
-        return None if served is None else served.manifest
+        """Of the newest version."""
+        newest = self._versions.newest
+        return None if newest is None else newest.manifest
+
+    def start(self) -> None:
+        """Run steps in a thread of its own from now on."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; requests that it holds get EngineStopped."""
+        with self._wake:
+            self._stopped = True
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._end()
+
+    def is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def swap(self, version: WeightsVersion) -> None:
         """Serve another version. Requests under way end with the one they began with.
 
-        One that says where it differs from the version being served is built from it: what did not change is
-        copied. Raises UnusableWeights, and goes on with the version it had.
+        Users whose histories are cached go over when they have been encoded anew, or when the version that
+        they were served by is older than `max_version_age_s`. One that says where it differs from the
+        version being served is built from it: what did not change is copied. Raises UnusableWeights, and
+        goes on with the version it had.
         """
-        served = _build(version, self.device, self._schema, self._served)
-        if served.given != served.schema and (self._served is None or self._served.schema != served.schema):
+        before = self._versions.newest
+        served = build(version, self.device, self._schema, before)
+        if served.given != served.schema and (before is None or before.schema != served.schema):
             logger.warning(
                 "weights version %d was trained with %s, and is asked with %s: what only one of the two "
                 "names has no part in its answers",
                 *(version.number, served.schema, served.given),
             )
-        with self._lock:
-            self._served = served
-            self.cache.clear()
+        with self._turn:
+            if self.cache is None or before is None or _shape(before) != _shape(served):
+                config = self._config
+                self.cache = KVCache(served.model, config.cache_bytes, config.page_tokens, config.page_dtype)
+                self._versions = Versions(config.versions, config.max_version_age_s)
+            self._drop_rebuilding()
+            self._versions.add(served, time.monotonic())
+        with self._wake:
+            self._wake.notify_all()
 
-    @torch.inference_mode()
+    def ask(self, ask: Rank | Retrieve) -> Future[Any]:
+        """The answer to come: Ranked, Retrieved or Recommended.
+
+        It may end in EngineNotReady, WrongFeatures, NonFiniteScores, DeadlineExceeded or EngineStopped.
+        Cancelled, it costs no more work.
+        """
+        request = _Request(ask, Future(), time.monotonic())
+        with self._wake:
+            if self._stopped:
+                raise EngineStopped("the engine was closed")
+            self._incoming.append(request)
+            self._wake.notify()
+        return request.future
+
     def rank(
         self,
         history: History,
         candidates: Keys,  # (C,) item keys
         at_ms: int,
         *,
-        features: Keys | None = None,  # (C, F) feature keys, ABSENT where there is none
+        features: Keys | None = None,
         user: int | None = None,
     ) -> Ranked:
-        """The probability of each action for each candidate, shown at `at_ms` after `history`.
+        """`Rank`, waited for."""
+        ask = Rank(history=history, at_ms=at_ms, user=user, items=candidates, features=features)
+        return cast(Ranked, self._wait(self.ask(ask)))
 
-        The columns of context are the request's, so they must be the same for all candidates. `user` is
-        where keys and values are kept; without one they are not. Raises EngineNotReady and WrongFeatures.
-        """
-        with self._lock:
-            served = self._ready()
-            history, features = _as_trained(served, history, features, len(candidates))
-            items, known = _item_vectors(served, candidates, features)
-            cache, reuse = self._encode(served, history, user)
-            if len(candidates):
-                cache = _in_context(served, cache, history, features[0, : served.schema.contexts], at_ms)
-            kind = candidate_kind(served.interleaved)
-            logits = torch.cat(
-                [
-                    served.model.action_logits(served.model.score(cache, queries)).float()
-                    for queries in self._micro_batches(items, int(cache.lengths), at_ms, kind)
-                ]
-            )  # (C, A)
-        _require_finite_scores(served, logits)
-        probabilities = torch.sigmoid(logits).cpu().numpy()
-        return Ranked(probabilities, known, served.manifest.number, reuse, served.schema.actions)
-
-    @torch.inference_mode()
     def retrieve(
         self,
         history: History,
         k: int,
         at_ms: int,
         *,
-        context: Keys | None = None,  # (C,) feature keys, ABSENT where there is none
+        context: Keys | None = None,
         exclude: Keys | None = None,
+        allow: Keys | None = None,
         user: int | None = None,
     ) -> Retrieved:
-        """The k items of the highest score at `at_ms`, by exact search: user · item vector + prior.
+        """`Retrieve`, waited for."""
+        of = Retrieve(history=history, at_ms=at_ms, user=user, k=k)
+        ask = dataclasses.replace(of, context=context, exclude=exclude, allow=allow)
+        return cast(Retrieved, self._wait(self.ask(ask)))
 
-        Raises EngineNotReady and WrongFeatures.
-        """
-        with self._lock:
-            served = self._ready()
-            asked = np.full((1, len(served.given.features)), ABSENT, np.int64)
-            if context is not None and len(context) != served.given.contexts:
-                raise WrongFeatures(
-                    f"expected {served.given.contexts} features of context, got {len(context)}"
+    def recommend(self, ask: Recommend) -> Recommended:
+        """`Recommend`, waited for."""
+        return cast(Recommended, self._wait(self.ask(ask)))
+
+    def counts(self) -> Counts:
+        names = {field.name for field in dataclasses.fields(Counts)}
+        counted = {name: self._count[name] for name in names}
+        cache = self.cache
+        if cache is not None:
+            counted |= {"pages": len(cache), "cache_bytes": cache.nbytes, "evicted_pages": cache.evicted}
+        return Counts(**counted | {"waiting": len(self._incoming) + len(self._active)})
+
+    def rebuild(self) -> bool:
+        """An idle step: encode some of a history under the newest version. Whether there was one to."""
+        with self._turn, torch.inference_mode():
+            return self._rebuild()
+
+    # -- the steps --------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped:
+                with self._turn, torch.inference_mode():
+                    worked = self._step() or self._rebuild()
+                if not worked:
+                    with self._wake:
+                        if not self._incoming and not self._stopped:
+                            self._wake.wait()
+        finally:
+            self._stopped = True
+            self._end()
+
+    def _end(self) -> None:
+        for request in [*self._active, *self._incoming]:
+            if not request.future.done():
+                request.future.set_exception(EngineStopped("the engine ended while it held this request"))
+
+    def _wait(self, future: Future[Any]) -> Any:
+        while not future.done() and self._thread is None:
+            with self._turn, torch.inference_mode():
+                if not future.done():
+                    self._step()
+        return future.result()
+
+    def _step(self) -> bool:
+        """Work on what is waiting. Whether there was anything."""
+        with self._wake:
+            while self._incoming:
+                self._active.append(self._incoming.popleft())
+        if not self._active:
+            return False
+        self._count["steps"] += 1
+        now = time.monotonic()
+        for request in list(self._active):
+            self._admit(request, now)
+        self._encode()
+        for request in list(self._active):
+            self._in_context(request)
+        self._score([r for r in self._active if r.sequence is not None and r.ready])
+        return True
+
+    def _admit(self, request: _Request, now: float) -> None:
+        """Begin with a request, or end it where its time is over or it cannot be answered."""
+        if request.ask.deadline is not None and now > request.ask.deadline:
+            self._count["expired"] += 1
+            self._fail(request, DeadlineExceeded("the time for this request was over before its turn came"))
+            return
+        if request.future.cancelled():
+            self._leave(request)
+            return
+        if request.work is not None:
+            return
+        ask = request.ask
+        if self.cache is None:
+            self._fail(
+                request,
+                EngineNotReady("no weights version is loaded yet: the trainer has to publish one first"),
+            )
+            return
+        try:
+            work, sequence = self._begin(ask, now)
+        except WrongFeatures as error:
+            self._fail(request, error)
+            return
+        request.begun_at, request.work = now, work
+        request.sequence = self._sequences.setdefault(sequence.identity, sequence)
+        if request.sequence is not sequence:  # another request is at the same history
+            sequence.release()
+        request.sequence.holders += 1
+        last = work.history.features[-1] if len(work.history.items) else None
+        contexts = work.served.schema.contexts
+        context = HistoryTokens.of_context(
+            work.context,
+            np.full(contexts, ABSENT, np.int64) if last is None else last[:contexts],
+            ask.at_ms - sequence.tokens.begin_ms,
+            work.history.features.shape[1] - contexts,
+        )
+        request.context = context if len(context) else None
+
+    def _begin(self, ask: Rank | Retrieve, now: float) -> tuple[Work, Sequence]:
+        served = self._versions.of(ask.user, now)
+        assert served is not None
+        work, sequence = self._sequence(ask, served)
+        newest = self._versions.newest
+        if newest is not None and served is not newest:
+            sequence.locate()
+            if not sequence.done:  # nothing is gained by the older version
+                sequence.release()
+                served = newest
+                work, sequence = self._sequence(ask, served)
+        if ask.user is not None:
+            self._versions.answered(ask.user, ask.history, served, now)
+        return work, sequence
+
+    def _sequence(self, ask: Rank | Retrieve, served: Served) -> tuple[Work, Sequence]:
+        assert self.cache is not None
+        work = work_for(served, ask)
+        tokens = HistoryTokens.of(work.history, served.schema.contexts, served.interleaved)
+        return work, Sequence(served, self.cache, tokens, ask.user)
+
+    def _encode(self) -> None:
+        """Encode some of what is missing of active requests' histories."""
+        waiting: dict[int, Sequence] = {}
+        for request in self._active:
+            if request.sequence is not None and not request.sequence.ready:
+                waiting.setdefault(id(request.sequence), request.sequence)
+        stuck = self._encode_some(waiting.values())
+        # Whoever is being scored gives its pages back. If there is no one, there will be no room either.
+        if stuck is not None and not any(
+            r.sequence.ready and r.sequence.pages and r.sequence.cache is stuck.cache
+            for r in self._active
+            if r.sequence is not None
+        ):
+            self._apart(stuck)
+
+    def _encode_some(self, waiting: Iterable[Sequence]) -> Sequence | None:
+        """Encode what a step has time for. The first one for which there is no room, before all after it."""
+        batches: dict[tuple[int, int, bool], list[Part]] = collections.defaultdict(list)
+        under_way: set[bytes] = set()
+        users: set[tuple[int, int]] = set()
+        left = self.cost.tokens_a_step
+        stuck = None
+        for sequence in waiting:
+            if left <= 0:
+                break
+            sequence.locate()
+            if sequence.ready:
+                continue
+            # What another one of this step encodes is found in the cache in the next.
+            user = None if sequence.user is None else (sequence.user, id(sequence.served))
+            if sequence.missing in under_way or user in users:
+                sequence.look_again()
+                continue
+            count = min(len(sequence) - sequence.done, left)
+            if not room_for(sequence, count):
+                stuck = sequence
+                break
+            if sequence.missing is not None:
+                under_way.add(sequence.missing)
+            if user is not None:
+                users.add(user)
+            left -= count
+            group = (id(sequence.served), id(sequence.cache), not sequence.done)
+            batches[group].append(Part(sequence, count))
+        for batch in batches.values():
+            encode(batch)
+            self._count["encoded_tokens"] += sum(part.count for part in batch)
+        return stuck
+
+    def _in_context(self, request: _Request) -> None:
+        """Encode what a request's context changes, in pages of its own."""
+        sequence, context = request.sequence, request.context
+        if sequence is None or not sequence.ready or context is None or request.own_pages:
+            return
+        cache, length = sequence.cache, len(sequence)
+        page = cache.page_tokens
+        full, filled = length // page, length % page
+        try:
+            own = cache.take(-(-(filled + len(context)) // page))
+        except CacheFull:
+            self._apart(sequence)
+            return
+        request.own_pages = own
+        if filled:
+            cache.copy(sequence.pages[full], own[0])
+        tokens = memory_tokens([context.content], sequence.served.table)
+        paged = cache.cache([length + len(context)], [[*sequence.pages[:full], *own]])
+        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+        sequence.served.model.grow(paged, tokens, nothing)
+
+    def _score(self, ready: list[_Request]) -> None:
+        """Score a micro-batch of each request, as far as a step goes, and answer those that are finished."""
+        left = self.cost.rows_a_step
+        batches: dict[tuple[int, int], list[tuple[_Request, Tensor, int]]] = collections.defaultdict(list)
+        for request in ready:
+            assert request.work is not None
+            assert request.sequence is not None
+            if left <= 0:
+                break
+            wanted = min(request.work.left, self.cost.micro_batch, left)
+            if wanted:
+                rows = request.work.rows(wanted)
+                kind = int(rows.kind)
+                batches[id(request.work.served), id(request.sequence.cache)].append(
+                    (request, rows.vectors, kind)
                 )
-            if context is not None:
-                asked[0, : served.given.contexts] = context
-            history, features = _as_trained(served, history, asked, 1)
-            cache, reuse = self._encode(served, history, user)
-            newest = cache.newest  # before the request's context
-            cache = _in_context(served, cache, history, features[0, : served.schema.contexts], at_ms)
-            nothing = newest.new_zeros(newest.shape)
-            (request,) = self._micro_batches(nothing, int(cache.lengths), at_ms, Kind.REQUEST)
-            user_vector = served.model.user_vectors(newest + served.model.score(cache, request))  # (1, d)
-        scores = (user_vector @ served.item_vectors.T)[0].float() + served.prior  # (n,)
-        _require_finite_scores(served, scores)
-        allowed = len(scores)
-        if exclude is not None and len(exclude):
-            barred = np.isin(served.item_keys, exclude)
-            allowed -= int(barred.sum())
-            scores[torch.from_numpy(barred).to(self.device)] = -torch.inf
-        best = torch.topk(scores, min(k, allowed))
-        items = served.item_keys[best.indices.cpu().numpy()]
-        names = {key: served.item_names[key] for key in items.tolist() if key in served.item_names}
-        return Retrieved(items, names, best.values.cpu().numpy(), served.manifest.number, reuse)
+                left -= len(rows.vectors)
+        for batch in batches.values():
+            self._score_together(batch)
+        scored = {id(request) for batch in batches.values() for request, _, _ in batch}
+        for request in ready:
+            if request.work is None:  # it failed
+                continue
+            if not request.work.left:
+                self._answer(request)
+            elif id(request) in scored:  # it goes behind those that have had nothing yet
+                self._active.remove(request)
+                self._active.append(request)
 
-    def _ready(self) -> _Served:
-        if self._served is None:
-            raise EngineNotReady("no weights version is loaded yet: the trainer has to publish one first")
-        return self._served
-
-    def _encode(self, served: _Served, history: History, user: int | None) -> tuple[Cache, Reuse]:
-        """Keys and values of a history, from the cache as far as it goes."""
-        number = served.manifest.number
-        entry = self.cache.get(user) if user is not None else None
-        reuse = Reuse.MISS if entry is None else entry.reuse(number, history)
-        if entry is not None and reuse is Reuse.HIT:
-            return entry.cache, reuse
-        held = entry if reuse is Reuse.EXTEND else None
-        begin = 0 if held is None else len(held.history.items)
-        cache = served.model.empty_cache(1) if held is None else held.cache
-        if begin < len(history.items):
-            cache = served.model.extend(cache, _memory_tokens(served, history, begin))
-        if user is not None:
-            self.cache.put(user, Entry(number, history, cache))
-        return cache, reuse
-
-    def _micro_batches(self, items: torch.Tensor, prefix: int, at_ms: int, kind: Kind) -> Iterator[Tokens]:
-        """Candidates of one sequence, each behind the whole of its tokens."""
-        for part in items.split(self._micro_batch):
-            count = torch.tensor([len(part)], device=self.device)
-            prefixes, times = count.new_full((len(part),), prefix), count.new_full((len(part),), at_ms)
-            yield Tokens.of_candidates(count, part, prefixes, times, kind)
-
-
-def _build(
-    version: WeightsVersion, device: torch.device, given: Schema | None, before: _Served | None
-) -> _Served:
-    weights, recipe = version.weights, version.manifest.recipe
-    changed = None if before is None else _changed(version, before.manifest)
-    _require_finite(version, changed)
-    schema = Schema.of(recipe)
-    given = given or schema
-    problem = given.not_grown_from(schema)
-    if problem is not None and schema.not_grown_from(given) is not None:
-        raise UnusableWeights(
-            f"weights version {version.number} was trained with other actions or features than are "
-            f"configured: {problem}"
+    def _score_together(self, batch: list[tuple[_Request, Tensor, int]]) -> None:
+        lengths, pages, counts, times, kinds = [], [], [], [], []
+        for request, vectors, kind in batch:
+            sequence = request.sequence
+            assert sequence is not None
+            own, context = request.own_pages, request.context
+            length = len(sequence)
+            if context is None:
+                pages.append(held(sequence, length))
+            else:
+                pages.append([*sequence.pages[: length // sequence.cache.page_tokens], *own])
+            lengths.append(length + (0 if context is None else len(context)))
+            counts.append(len(vectors))
+            times.append(request.ask.at_ms - sequence.tokens.begin_ms)
+            kinds.append(kind)
+        first = batch[0][0].sequence
+        assert first is not None
+        rows = torch.tensor([counts, lengths, times, kinds], device=self.device)
+        each = rows[1:].repeat_interleave(rows[0], 1)
+        of = Tokens.of_candidates(rows[0], torch.cat([v for _, v, _ in batch]), each[0], each[1])
+        outputs = first.served.model.score(
+            first.cache.cache(lengths, pages), dataclasses.replace(of, query_kinds=each[2])
         )
-    model = HSTU(recipe.model, actions=len(recipe.actions))
-    dense = {name: torch.from_numpy(np.array(a)) for name, a in weights.dense.items()}
-    prior = dense.pop(PRIOR, torch.zeros(len(weights.keys)))
-    try:
-        if prior.shape != (len(weights.keys),):
-            raise ValueError(f"the prior is of shape {tuple(prior.shape)} for {len(weights.keys)} keys")
-        model.load_state_dict(dense)
-    except (RuntimeError, ValueError) as error:
-        raise UnusableWeights(
-            f"weights version {version.number} is not what its recipe describes: {error}"
-        ) from error
-    if weights.rows.shape[1] != recipe.model.dim:
-        raise UnusableWeights(
-            f"weights version {version.number} is not what its recipe describes: its rows are of "
-            f"{weights.rows.shape[1]} numbers"
+        self._count["candidates"] += len(outputs)
+        for (request, _, _), own_outputs in zip(batch, outputs.split(counts), strict=True):
+            assert request.work is not None
+            assert request.sequence is not None
+            try:
+                request.work.take(own_outputs, request.sequence)
+            except NonFiniteScores as error:
+                self._fail(request, error)
+
+    def _answer(self, request: _Request) -> None:
+        work, sequence, begun = request.work, request.sequence, request.begun_at
+        assert work is not None
+        assert sequence is not None
+        assert begun is not None
+        took = time.monotonic() - request.asked_at
+        encoded = Encoded(
+            tokens=len(sequence),
+            cached=sequence.cached,
+            waited_ms=1e3 * (begun - request.asked_at),
+            took_ms=1e3 * took,
         )
-    model.eval().requires_grad_(False).to(device)
-    if before is None or changed is None:
-        table = EmbeddingTable.of(weights, recipe.vocabulary_seed, device)
-    else:
-        table = before.table.after(weights, changed)
-    with torch.inference_mode():
-        if before is None or changed is None:
-            vectors = model.item_vectors(_at(table.rows, np.flatnonzero(weights.items)))
-        else:
-            vectors = _item_vectors_after(before, model, table.rows, weights.items, changed)
-    return _Served(
-        manifest=version.manifest,
-        schema=schema,
-        given=given,
-        columns=schema.columns_in(given),
-        model=model,
-        table=table,
-        item_names=weights.item_names,
-        items=weights.items,
-        item_keys=weights.keys[weights.items],
-        item_vectors=vectors,
-        prior=prior[torch.from_numpy(weights.items)].to(device),
-    )
+        try:
+            answer = work.answer(sequence, encoded)
+        except NonFiniteScores as error:
+            self._fail(request, error)
+            return
+        self._count["requests"] += 1
+        self._count["found_tokens"] += sequence.cached
+        self._count[{Reuse.HIT: "hits", Reuse.EXTEND: "extends", Reuse.MISS: "misses"}[sequence.reuse]] += 1
+        self._leave(request)
+        if request.future.set_running_or_notify_cancel():
+            request.future.set_result(answer)
+
+    def _fail(self, request: _Request, error: Exception) -> None:
+        self._leave(request)
+        if request.future.set_running_or_notify_cancel():
+            request.future.set_exception(error)
+
+    def _leave(self, request: _Request) -> None:
+        """A request holds nothing any more."""
+        self._active.remove(request)
+        request.work = None
+        self._let_go(request)
+
+    def _let_go(self, request: _Request) -> None:
+        sequence, request.sequence = request.sequence, None
+        if sequence is None:
+            return
+        sequence.cache.release(request.own_pages)
+        request.own_pages = []
+        sequence.holders -= 1
+        if not sequence.holders:
+            if self._sequences.get(sequence.identity) is sequence:
+                del self._sequences[sequence.identity]
+            sequence.release()
+
+    def _apart(self, sequence: Sequence) -> None:
+        """Encode a history outside the cache, in pages for those alone that ask about it now.
+
+        So is one that is larger than the whole cache, and every one without a cache.
+        """
+        asking = [r for r in self._active if r.sequence is sequence]
+        page, dtype = sequence.cache.page_tokens, self._config.page_dtype
+        contexts = sum(-(-(page + len(r.context)) // page) for r in asking if r.context is not None)
+        model, pages = sequence.served.model, -(-len(sequence) // page) + contexts
+        own = KVCache(model, pages * page_bytes(model, page, dtype), page, dtype)
+        alone = Sequence(sequence.served, own, sequence.tokens, None)
+        for request in asking:
+            self._let_go(request)
+            request.sequence = alone
+            alone.holders += 1
+
+    def _rebuild(self) -> bool:
+        now = time.monotonic()
+        if self._rebuilding is None:
+            found, newest = self._versions.to_rebuild(now), self._versions.newest
+            if found is None or newest is None:
+                return False
+            user, history = found
+            ask = Rank(history=history, at_ms=0, user=user, items=np.zeros(0, np.int64))
+            self._rebuilding = user, self._sequence(ask, newest)[1]
+        user, sequence = self._rebuilding
+        if not sequence.ready and self._encode_some([sequence]) is not None:
+            self._drop_rebuilding()  # there is no room
+            return False
+        if sequence.ready:
+            self._versions.rebuilt(user, sequence.served)
+            self._count["rebuilt"] += 1
+            self._drop_rebuilding()
+        return True
+
+    def _drop_rebuilding(self) -> None:
+        if self._rebuilding is not None:
+            self._rebuilding[1].release()
+            self._rebuilding = None
 
 
-def _changed(version: WeightsVersion, before: Manifest) -> npt.NDArray[np.int64] | None:
-    """Where a version differs from the one `before`; None where it might anywhere."""
-    changed, manifest = version.changed, version.manifest
-    if changed is None or (changed.since, manifest.lineage) != (before.number, before.lineage):
-        return None
-    return changed.places if manifest.recipe == before.recipe else None
-
-
-def _item_vectors_after(
-    before: _Served,
-    model: HSTU,
-    rows: torch.Tensor,  # (n, d)
-    items: npt.NDArray[np.bool_],  # (n,)
-    changed: npt.NDArray[np.int64],  # places, ascending
-) -> torch.Tensor:
-    """The item vectors of a version. Each is a function of its row: those of rows that stayed are copied."""
-    if not len(before.item_vectors):
-        return model.item_vectors(_at(rows, np.flatnonzero(items)))
-    places = np.flatnonzero(items)
-    were = np.zeros(len(items), np.int64)  # where a place's item vector was; of one that had none, anywhere
-    were[: len(before.items)] = np.maximum(np.cumsum(before.items) - 1, 0)
-    vectors = _at(before.item_vectors, were[places])
-    fresh = changed[items[changed]]
-    at = torch.from_numpy(np.searchsorted(places, fresh)).to(rows.device)
-    vectors[at] = model.item_vectors(_at(rows, fresh))
-    return vectors
-
-
-def _at(rows: torch.Tensor, places: npt.NDArray[np.int64]) -> torch.Tensor:
-    return rows.index_select(0, torch.from_numpy(places).to(rows.device))
-
-
-def _require_finite(version: WeightsVersion, changed: npt.NDArray[np.int64] | None) -> None:
-    weights = version.weights
-    if changed is not None:  # the rest was looked at before
-        at = (weights.keys[changed], weights.rows[changed], weights.items[changed])
-        weights = Weights(weights.dense, *at, item_names={})
-    bad = weights.not_finite()
-    if bad is not None:
-        raise UnusableWeights(f"weights version {version.number}: {bad} holds values that are not finite")
-
-
-def _require_finite_scores(served: _Served, scores: torch.Tensor) -> None:
-    if not torch.isfinite(scores).all():
-        raise NonFiniteScores(
-            f"version {served.manifest.number} gave scores that are not finite: its weights are too large"
-        )
-
-
-def _as_trained(
-    served: _Served, history: History, features: Keys | None, candidates: int
-) -> tuple[History, Keys]:
-    """The history and the candidates' feature keys, all ABSENT by default, in the columns of the weights."""
-    expected = len(served.given.features)
-    if features is None:
-        features = np.full((candidates, expected), ABSENT, np.int64)
-    if history.features.shape[1] != expected or features.shape != (candidates, expected):
-        raise WrongFeatures(
-            f"version {served.manifest.number} is asked with the features {list(served.given.features)}, "
-            f"so expected {expected} columns; the history has {history.features.shape[1]}, the candidates "
-            f"are of shape {features.shape}"
-        )
-    contexts = served.given.contexts
-    if (features[:, :contexts] != features[:1, :contexts]).any():
-        raise WrongFeatures("context is the request's: its features must be the same for all candidates")
-    if served.given.features == served.schema.features:
-        return history, features
-    history = dataclasses.replace(history, features=placed(history.features, served.columns))
-    return history, placed(features, served.columns)
-
-
-def _item_vectors(served: _Served, items: Keys, features: Keys) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
-    """Item vector plus those of its features, column by column as in training; and which items are known."""
-    vectors, known = served.table.vectors(items)
-    for column in features.T[served.schema.contexts :]:
-        present = np.flatnonzero(column != ABSENT)
-        at = torch.from_numpy(present).to(vectors.device)
-        vectors.index_add_(0, at, served.table.vectors(column[present])[0])
-    return vectors, known
-
-
-def _memory_tokens(served: _Served, history: History, begin: int) -> Tokens:
-    """The history's events from `begin` on, as the tokens of one sequence."""
-    vectors, _ = _item_vectors(served, history.items[begin:], history.features[begin:])
-    context = history.features[:, : served.schema.contexts]
-    before = np.concatenate([np.full_like(context[:1], ABSENT), context[:-1]])
-    event, column = changed_context(context[begin:], before[begin:])
-    device = vectors.device
-    events = Events(
-        lengths=torch.tensor([len(vectors)], device=device),
-        items=vectors,
-        actions=torch.from_numpy(history.actions[begin:].astype(np.int64)).to(device),
-        times=torch.from_numpy(history.times[begin:].astype(np.int64)).to(device),
-        contexts=served.table.vectors(context[begin:][event, column])[0],
-        context_of=torch.from_numpy(event).to(device),
-    )
-    return memory_tokens(events, served.interleaved)[0]
-
-
-def _in_context(served: _Served, cache: Cache, history: History, context: Keys, at_ms: int) -> Cache:
-    """The cache of a history, and behind it what the request's context (C,) changes."""
-    contexts = len(context)
-    last = history.features[-1:, :contexts] if len(history.items) else np.full_like(context, ABSENT)
-    _, column = changed_context(context[None], last.reshape(1, -1))
-    if not len(column):
-        return cache
-    times = cache.times.new_full((len(column),), at_ms)
-    tokens = Tokens.of_memory(
-        lengths=cache.lengths.new_full((1,), len(column)),
-        vectors=served.table.vectors(context[column])[0],
-        kinds=torch.full_like(times, Kind.CONTEXT),
-        actions=torch.zeros_like(times),
-        times=times,
-    )
-    return served.model.extend(cache, tokens)
+def _shape(served: Served) -> tuple[Any, ...]:
+    """What cache pages of a version's model look like."""
+    model = served.model
+    return (len(model.start), *((layer.heads, layer.qk, layer.v) for layer in model.layers))

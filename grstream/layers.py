@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from kernels import POSITION_BUCKETS, TIME_BUCKETS, Sight, attention, position_rows
 from kernels import layer as lean
 from kernels.matmul import linear
-from kernels.paged import PagedSight, paged_attention
+from kernels.paged import PagedSight, PageTensor, paged_attention
 
 if TYPE_CHECKING:  # it brings pydantic, which a bare GPU machine need not have
     from grstream.config import ModelConfig
@@ -89,17 +89,21 @@ class Layer(nn.Module):
         """k and v alone, of rows that nobody reads out."""
         raise NotImplementedError
 
-    def attend(self, x: Tensor, row: Projected, k: Tensor, v: Tensor, sight: Sight | PagedSight) -> Tensor:
+    def attend(
+        self, x: Tensor, row: Projected, k: PageTensor, v: PageTensor, sight: Sight | PagedSight
+    ) -> Tensor:
         """The layer's output for the rows x (R, d), seeing memory k, v as `sight` says."""
         raise NotImplementedError
 
-    def _attention(self, row: Projected, k: Tensor, v: Tensor, sight: Sight | PagedSight) -> Tensor:
+    def _attention(self, row: Projected, k: PageTensor, v: PageTensor, sight: Sight | PagedSight) -> Tensor:
         """(R, H · d_v)."""
         tables = (self.position_bias, self.time_bias)
         alpha = self.qk**-0.5
         if isinstance(sight, PagedSight):
             o = paged_attention(row.q, k, v, row.k, row.v, sight, *tables, alpha, softmax=self.softmax)
         else:
+            assert isinstance(k, Tensor)
+            assert isinstance(v, Tensor)
             o = attention(row.q, k, v, row.k, row.v, sight, *tables, alpha, softmax=self.softmax)
         return o.flatten(1)
 
@@ -167,7 +171,9 @@ class HSTULayer(Layer):
         k_, v_ = F.silu(self._linear(self.norm(x), weight, bias)).split((qk, v), 1)
         return self._by_head(k_), self._by_head(v_)
 
-    def attend(self, x: Tensor, row: Projected, k: Tensor, v: Tensor, sight: Sight | PagedSight) -> Tensor:
+    def attend(
+        self, x: Tensor, row: Projected, k: PageTensor, v: PageTensor, sight: Sight | PagedSight
+    ) -> Tensor:
         assert row.u is not None
         gated = self.norm_out(self._attention(row, k, v, sight)) * row.u
         return x + self.dropout(self._linear(gated, self.project_out.weight, None)).to(x.dtype)
@@ -199,7 +205,9 @@ class TransformerLayer(Layer):
         k_, v_ = map(self._by_head, self._linear(self.norm(x), weight, bias).split((qk, v), 1))
         return k_, v_
 
-    def attend(self, x: Tensor, row: Projected, k: Tensor, v: Tensor, sight: Sight | PagedSight) -> Tensor:
+    def attend(
+        self, x: Tensor, row: Projected, k: PageTensor, v: PageTensor, sight: Sight | PagedSight
+    ) -> Tensor:
         seen = self._linear(self._attention(row, k, v, sight), self.project_out.weight, None)
         z = x + self.dropout(seen).to(x.dtype)
         hidden = F.gelu(self._linear(self.norm_out(z), self.widen.weight, self.widen.bias))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from grstream.layers import LAYER_NORM_EPSILON, LAYERS, Layer
 from grstream.pages import PagedCache
 from kernels import Sight, jagged
+from kernels.paged import stored
 
 if TYPE_CHECKING:  # one brings pydantic, which a bare GPU machine need not have
     from grstream.config import ModelConfig
@@ -198,6 +199,43 @@ class HSTU(Model):
         grown = new.nonzero().squeeze(1)
         newest = self._read_out(memory, torch.cumsum(new, 0)[grown] - 1, *kept[-1], sight)
         return Cache(lengths, sight.memory_times, tuple(kept), cache.newest.index_copy(0, grown, newest))
+
+    def grow(self, cache: PagedCache, tokens: "Tokens", readout: Tensor) -> Tensor:
+        """Encode new memory tokens into the pages of their sequences; the outputs at `readout` (N,): (N, d).
+
+        The new tokens of a sequence are the last of `cache.lengths`: their pages are there, and those before
+        them hold what `grow` put there. `readout` names new tokens, ascending. The same as `extend`, but in
+        place, and whoever reads fewer tokens of a sequence sees no change.
+        """
+        new, lengths = tokens.memory_lengths, cache.lengths
+        rows = len(tokens.memory_times)
+        owner = jagged.owners(new, rows)
+        prefix = (lengths - new)[owner] + jagged.positions(new, rows)
+        paged = cache.sight(new, prefix, tokens.memory_times)
+        places = paged.row_places()
+        cache.pool.times[places] = tokens.memory_times
+        # Sequences that begin here need not be read back from their pages.
+        sight = Sight(new, tokens.memory_times, new, prefix, tokens.memory_times)
+        begins = bool((new == lengths).all())
+        memory = self._memory(tokens, prefix)
+        *lower, last = self.layers
+        for layer, pages in zip(lower, cache.layers, strict=False):
+            row = layer.project(memory)
+            for array, kept in zip((row.k, row.v), pages, strict=True):
+                stored(kept, places, array)
+            memory = (
+                layer.attend(memory, row, row.k, row.v, sight)
+                if begins
+                else layer.attend(memory, row, *pages, paged)
+            )
+        k, v = last.keys_values(memory)
+        for array, kept in zip((k, v), cache.layers[-1], strict=True):
+            stored(kept, places, array)
+        lengths = torch.bincount(owner[readout], minlength=len(new))
+        x, of = memory[readout], (lengths, prefix[readout], tokens.memory_times[readout])
+        if begins:
+            return last.attend(x, last.project(x), k, v, Sight(new, tokens.memory_times, *of))
+        return last.attend(x, last.project(x), *cache.layers[-1], cache.sight(*of))
 
     def score(self, cache: Cache | PagedCache, tokens: "Tokens") -> Tensor:
         """Query tokens against the cache of their sequences: (Q, d). Raises ValueError as `extend` does."""

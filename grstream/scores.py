@@ -1,4 +1,4 @@
-"""What an engine answers, and why it would not.
+"""What an engine is asked, what it answers, and why it would not.
 
 Apart from the engine so that a process which only passes answers on, like the gateway, need not import torch.
 """
@@ -9,6 +9,7 @@ import enum
 import numpy as np
 import numpy.typing as npt
 
+from grstream.histories import History
 from grstream.keys import Keys
 
 
@@ -28,12 +29,68 @@ class NonFiniteScores(RuntimeError):
     """Finite weights gave a score that is not a number. Nothing is answered."""
 
 
+class DeadlineExceeded(TimeoutError):
+    """A request's time was over before its turn came: no work was spent on it, or no more."""
+
+
+class EngineStopped(RuntimeError):
+    """The engine was closed, or its thread ended, while it held a request."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Ask:
+    """A question about a user's history at a time. Without `user` its unfilled last page is not kept."""
+
+    history: History
+    at_ms: int
+    user: int | None = None
+    deadline: float | None = None  # of time.monotonic()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Rank(Ask):
+    """The probability of each action for each candidate.
+
+    The columns of context are the request's, so they must be the same for all candidates.
+    """
+
+    items: Keys  # (C,)
+    features: Keys | None = None  # (C, F) feature keys, ABSENT where there is none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Retrieve(Ask):
+    """The k items of the highest score, by exact search: user · item vector + prior."""
+
+    k: int
+    context: Keys | None = None  # (C,) feature keys, ABSENT where there is none
+    exclude: Keys | None = None
+    allow: Keys | None = None  # only these
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Recommend(Retrieve):
+    """The k items retrieved, ranked by the sum over actions of weight · probability."""
+
+    weights: tuple[tuple[str, float], ...]  # of actions
+
+
 class Reuse(enum.StrEnum):
     """What the cache of keys and values spared a request."""
 
     HIT = "hit"  # everything: the history is the one that was cached
     EXTEND = "extend"  # all but the newest events
     MISS = "miss"  # nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """How a request's history came to be encoded."""
+
+    tokens: int  # of the history
+    cached: int  # of them, found in the cache
+    waited_ms: float  # until the first step that worked on it
+    took_ms: float  # from the asking to the answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +102,7 @@ class Ranked:
     version: int
     reuse: Reuse
     actions: tuple[str, ...]  # (A,) their names
+    encoded: Encoded | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,3 +114,18 @@ class Retrieved:
     scores: npt.NDArray[np.float32]  # (k,)
     version: int
     reuse: Reuse
+    encoded: Encoded | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommended:
+    """Retrieved items in the order of their weighted probabilities, best first."""
+
+    items: Keys  # (k,)
+    names: dict[int, str]  # ids of those items whose id is a string
+    probabilities: npt.NDArray[np.float32]  # (k, A)
+    scores: npt.NDArray[np.float32]  # (k,) weighted sums
+    actions: tuple[str, ...]  # (A,)
+    version: int
+    reuse: Reuse
+    encoded: Encoded | None = None

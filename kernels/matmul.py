@@ -25,6 +25,14 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
+def silu_matmul(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    """SiLU(a (M, K) @ b (K, N) + bias (N,)): (M, N), by oneDNN in one pass. Without autograd."""
+    if _by_onednn(a, b) or (_reduced(a, b) and _worth_it(a, b)):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "swish", [], "")
+        return out
+    return F.silu(torch.addmm(bias, a, b), inplace=True)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (R, K) @ weightᵀ (K, N), plus a bias (N,): (R, N). With autograd."""
     if not _by_onednn(x, weight.t()):
@@ -58,6 +66,21 @@ def _by_onednn(a: Tensor, b: Tensor) -> bool:
         a.dtype == torch.float32
         and b.dtype == torch.float32
         and a.device.type == "cpu"
-        and len(a) * b.numel() >= _WORTH_IT
+        and _worth_it(a, b)
         and torch.backends.mkldnn.is_available()
+    )
+
+
+def _worth_it(a: Tensor, b: Tensor) -> bool:
+    return len(a) * b.numel() >= _WORTH_IT
+
+
+def _reduced(a: Tensor, b: Tensor) -> bool:
+    """Whether both are of bf16, on a CPU that has instructions for it."""
+    return (
+        a.dtype == torch.bfloat16
+        and b.dtype == torch.bfloat16
+        and a.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )

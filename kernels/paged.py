@@ -5,11 +5,13 @@ requests, in pages of a fixed number of tokens that a pool hands out, and each u
 candidates of its own size, all of which see the whole history and none of the others. The sum is that of
 `kernels.reference`; only where a memory token lies differs. Inference alone: there is no backward pass.
 
-`pytorch` gathers the pages into one array and is the definition; `triton` reads them where they are.
+`pytorch` gathers the pages into one array, and `triton` reads them where they are. On a CPU `pytorch` has a
+way of its own for rows that come in runs, as candidates do (`kernels.cpu_paged`).
 """
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,9 +22,43 @@ from kernels import attention, jagged, twins
 from kernels.buckets import TIME_BUCKETS, UNKNOWN_TIME, position_bits, position_rows
 from kernels.sight import Sight
 
+INT8_MOST = 127
+
 LEAST_PAGE = 16  # tokens: what a tensor core takes at a time
 
 Plan = TypeVar("Plan")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scaled:
+    """Pages of int8, a scale for each token and head: 127 stands for a row's greatest magnitude."""
+
+    values: Tensor  # (P, page, H, d) int8
+    scales: Tensor  # (P, page, H) float32
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+
+PageTensor = Tensor | Scaled
+
+
+def stored(pages: PageTensor, places: tuple[Tensor, Tensor], rows: Tensor) -> None:
+    """Write rows (R, H, d) into the pages and places in them (R,), (R,), rounded to what pages hold."""
+    if isinstance(pages, Scaled):
+        scale = rows.abs().amax(-1).float().clamp_(min=torch.finfo(torch.float32).tiny) / INT8_MOST
+        pages.scales[places] = scale
+        pages.values[places] = (rows / scale.unsqueeze(-1)).round_().to(torch.int8)
+    else:
+        pages[places] = rows.to(pages.dtype)
+
+
+def loaded(pages: PageTensor, places: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """The rows at these places: (R, H, d)."""
+    if isinstance(pages, Scaled):
+        return (pages.values[places] * pages.scales[places].unsqueeze(-1)).to(dtype)
+    return pages[places].to(dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,8 +146,8 @@ def page_counts(lengths: Tensor, page_tokens: int) -> Tensor:
 @torch.no_grad()
 def paged_attention(
     q: Tensor,  # (R, H, d_qk)
-    k_pages: Tensor,  # (P, page, H, d_qk)
-    v_pages: Tensor,  # (P, page, H, d_v)
+    k_pages: PageTensor,  # (P, page, H, d_qk)
+    v_pages: PageTensor,  # (P, page, H, d_v)
     k_self: Tensor,  # (R, H, d_qk)
     v_self: Tensor,  # (R, H, d_v)
     sight: PagedSight,
@@ -125,6 +161,7 @@ def paged_attention(
     """`kernels.attention` with its k and v in pages: (R, H, d_v) in fp32, float64 where q is.
 
     The pages may be views of a larger pool, such as one layer's share of it, with the last dimension whole.
+    Pages of another dtype than the queries', and those of int8, are read on a GPU, too, by gathering them.
     Raises ValueError for an unknown implementation and for shapes and lengths that do not fit.
     """
     rows, heads, width = q.shape
@@ -145,13 +182,21 @@ def paged_attention(
         if wanted != tuple(got):
             raise ValueError(f"{what} must have shape {wanted}, not {tuple(got)}")
     sight.require_sound()
-    if twins.chosen(q, implementation) == "triton":
+    as_they_are = isinstance(k_pages, Tensor) and k_pages.dtype == q.dtype
+    if twins.chosen(q, implementation) == "triton" and as_they_are:
         out: Tensor = twins.triton_module("paged").attention(
             q, k_pages, v_pages, k_self, v_self, sight, position_bias, time_bias, alpha, softmax
         )
         return out
+    if q.device.type == "cpu":
+        cpu = importlib.import_module("kernels.cpu_paged")
+        runs = sight.planned(cpu.plan, heads)
+        if runs is not None:
+            tables = (position_bias, time_bias)
+            out = cpu.attention(q, k_pages, v_pages, k_self, v_self, sight, *tables, alpha, softmax, runs)
+            return out
     gathered, places = sight.planned(_gathered)
-    k, v = k_pages[places], v_pages[places]
+    k, v = (loaded(pages, places, q.dtype) for pages in (k_pages, v_pages))
     return attention(q, k, v, k_self, v_self, gathered, position_bias, time_bias, alpha, softmax=softmax)
 
 

@@ -1,27 +1,23 @@
 """The scorer deployment: an engine behind a queue, following the weights."""
 
 import asyncio
-import concurrent.futures
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import time
+from typing import Any
 
 from grstream.config import Config
 from grstream.exchange import Exchange
 from grstream.histories import History
 from grstream.keys import Keys
 from grstream.schema import Schema
-from grstream.scores import EngineNotReady, Ranked, Retrieved
+from grstream.scores import EngineNotReady, Rank, Ranked, Recommend, Recommended, Retrieve, Retrieved
 from grstream.weight_store import WeightStore
 from grstream.weights import Manifest
 from serve.errors import QueueFull, require_schema
 from serve.follower import WeightsFollower
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 
 class Scorer:
-    """One replica. Requests wait in line for the engine, at most `queue` of them, off the event loop."""
+    """One replica. Its engine, in a thread of its own, holds at most `queue` requests."""
 
     def __init__(self, config: Config) -> None:
         # Torch takes seconds to import: replicas pay for it, not whoever builds the application.
@@ -29,27 +25,82 @@ class Scorer:
 
         self._schema = Schema.of(config.events)
         self._engine = Engine(config.serve, "cuda" if config.serve.gpu else "cpu", self._schema)
+        self._engine.start()
         self._queue = config.serve.queue
+        self._timeout_s = config.serve.request_timeout_ms / 1000
+        self._weights = tuple((action, config.serve.weight(action)) for action in config.events.actions)
         self._waiting = 0
-        self._turns = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine")
         store = WeightStore(config.storage / "weights", Exchange(config.storage))
         self._follower = WeightsFollower(store, self._engine, config.serve.poll_weights_s)
         self._follower.start()
 
     async def rank(
-        self, schema: Schema, user: int, history: History, items: Keys, features: Keys, at_ms: int
+        self, schema: Schema, user: int | None, history: History, items: Keys, features: Keys, at_ms: int
     ) -> Ranked:
         """`schema`, here and below, is the caller's; raises OtherSchema where it is not this replica's."""
         require_schema(self._schema, schema)
-        return await self._in_turn(self._engine.rank, history, items, at_ms, features=features, user=user)
+        ask = Rank(
+            history=history,
+            at_ms=at_ms,
+            user=user,
+            deadline=self._deadline(),
+            items=items,
+            features=features,
+        )
+        ranked: Ranked = await self._ask(ask)
+        return ranked
 
     async def retrieve(
-        self, schema: Schema, user: int, history: History, k: int, context: Keys, at_ms: int, exclude: Keys
+        self,
+        schema: Schema,
+        user: int | None,
+        history: History,
+        k: int,
+        context: Keys,
+        at_ms: int,
+        exclude: Keys,
+        allow: Keys | None = None,
     ) -> Retrieved:
         require_schema(self._schema, schema)
-        return await self._in_turn(
-            self._engine.retrieve, history, k, at_ms, context=context, exclude=exclude, user=user
+        ask = Retrieve(
+            history=history,
+            at_ms=at_ms,
+            user=user,
+            deadline=self._deadline(),
+            k=k,
+            context=context,
+            exclude=exclude,
+            allow=allow,
         )
+        found: Retrieved = await self._ask(ask)
+        return found
+
+    async def recommend(
+        self,
+        schema: Schema,
+        user: int | None,
+        history: History,
+        k: int,
+        context: Keys,
+        at_ms: int,
+        exclude: Keys,
+        allow: Keys | None = None,
+    ) -> Recommended:
+        """Items retrieved, and ranked by the configured weights of actions."""
+        require_schema(self._schema, schema)
+        ask = Recommend(
+            history=history,
+            at_ms=at_ms,
+            user=user,
+            deadline=self._deadline(),
+            k=k,
+            context=context,
+            exclude=exclude,
+            allow=allow,
+            weights=self._weights,
+        )
+        found: Recommended = await self._ask(ask)
+        return found
 
     async def manifest(self) -> Manifest:
         """Of the version being served. Raises EngineNotReady before the first one."""
@@ -62,13 +113,18 @@ class Scorer:
         """Serve replaces a replica for which this raises."""
         if not self._follower.is_alive():
             raise RuntimeError("the thread that follows the weights has ended")
+        if not self._engine.is_alive():
+            raise RuntimeError("the engine's thread has ended")
 
-    async def _in_turn(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def _deadline(self) -> float:
+        """After which whoever asked no longer waits."""
+        return time.monotonic() + self._timeout_s
+
+    async def _ask(self, ask: Rank | Retrieve) -> Any:
         if self._waiting >= self._queue:
             raise QueueFull(f"{self._waiting} requests wait for this scorer, as many as it may hold")
         self._waiting += 1
         try:
-            turn = self._turns.submit(work, *args, **kwargs)
-            return await asyncio.wrap_future(turn)  # a cancelled request leaves the line
+            return await asyncio.wrap_future(self._engine.ask(ask))  # cancelled, it leaves the engine
         finally:
             self._waiting -= 1

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from grstream import weight_store
-from grstream.engine import Engine, _Served
+from grstream.engine import Engine
 from grstream.histories import History
 from grstream.learner import Learner
 from grstream.publisher import Publisher
 from grstream.ranks import Ranks
+from grstream.served import Served
 from grstream.shards import owners
 from grstream.vocabulary import DAY_MS, VocabularyState
 from grstream.weight_files import OF_DELTA, TOUCHED
@@ -444,7 +445,7 @@ def scores(engine: Engine) -> list[Any]:
     ]
 
 
-def said_of(served: _Served) -> list[bytes]:
+def said_of(served: Served) -> list[bytes]:
     """All that a request reads of a version."""
     vectors, known = served.table.vectors(np.arange(-12, 40))
     return [vectors.numpy().tobytes(), known.tobytes(), served.item_vectors.numpy().tobytes()]
@@ -475,7 +476,7 @@ def test_an_engine_that_took_deltas_scores_as_one_built_from_the_whole(
         if not poll:
             continue
         version = reader.instead_of(followed.manifest.number if followed.manifest else 0)
-        before = followed._served
+        before = followed._versions.newest
         held = None if before is None else said_of(before)
         followed.swap(version)
         if before is not None:
@@ -489,7 +490,8 @@ def test_an_engine_that_took_deltas_scores_as_one_built_from_the_whole(
 FOLLOW = """
 import sys
 from grstream.config import ServeConfig
-from grstream.engine import Engine, _Served
+from grstream.engine import Engine
+from grstream.served import Served
 from grstream.weight_store import WeightStore
 store, engine = WeightStore(sys.argv[1]), Engine(ServeConfig())
 while True:

@@ -89,7 +89,9 @@ def test_a_trainer_says_of_an_event_what_a_server_would_have_said(
     config, events = CONFIGS[layout], stream(seed, sum(cuts))
     rows = config.train.model_copy(update={"vocabulary_rows": budget})
     config = config.model_copy(update={"train": rows})
-    learner, engine = Learner(config), Engine(config.serve)
+    # Each version at once: a trainer has none beside its newest.
+    serving = config.serve.model_copy(update={"max_version_age_s": 0, "page_tokens": 16})
+    learner, engine = Learner(config), Engine(serving)
     trainers = RollingHistories(config.histories, features=2)
     servers = RollingHistories(config.histories, features=2, track_new=False)
     at = 0

@@ -1,6 +1,7 @@
 import asyncio
 import pathlib
-import threading
+import time
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from grstream.config import Config, parse
 from grstream.histories import History
 from grstream.schema import Schema
-from grstream.scores import EngineNotReady
+from grstream.scores import EngineNotReady, Rank
 from serve.errors import OtherSchema, QueueFull
 from serve.scorer import Scorer
 from serve.shard import HistoryShard
@@ -30,23 +31,27 @@ def config(storage: pathlib.Path, queue: int) -> Config:
 
 
 class Engine:
-    """Answers with the number of the request, when it is let."""
+    """Answers with the time that was asked for, once it is let."""
 
     manifest = None
 
     def __init__(self) -> None:
-        self.let = threading.Event()
-        self.asked: list[int] = []
+        self.asked: list[tuple[Rank, Future[Any]]] = []
 
-    def rank(self, history: History, items: Any, at_ms: int, **_: Any) -> Any:
-        self.asked.append(at_ms)
-        assert self.let.wait(10)
-        return at_ms
+    def ask(self, ask: Rank) -> Future[Any]:
+        self.asked.append((ask, Future()))
+        return self.asked[-1][1]
+
+    def let(self) -> None:
+        for ask, future in self.asked:
+            if not future.done():
+                future.set_result(ask.at_ms)
 
 
 def test_a_scorer_holds_so_many_requests_and_refuses_the_next_at_once(tmp_path: pathlib.Path) -> None:
     async def scenario() -> None:
         scorer, engine = Scorer(config(tmp_path, queue=3)), Engine()
+        scorer._engine.close()
         scorer._engine = engine  # type: ignore[assignment]
 
         def ask(number: int) -> asyncio.Task:
@@ -58,14 +63,18 @@ def test_a_scorer_holds_so_many_requests_and_refuses_the_next_at_once(tmp_path: 
             await ask(3)
         held[1].cancel()
         await asyncio.sleep(0)
+        assert engine.asked[1][1].cancelled(), "nothing is computed for who no longer waits"
         held.append(ask(4))
         await asyncio.sleep(0.05)
-        engine.let.set()
+        engine.let()
         answers = await asyncio.gather(*held, return_exceptions=True)
         assert [answers[i] for i in (0, 2, 3)] == [0, 2, 4]
         assert isinstance(answers[1], asyncio.CancelledError)
-        assert engine.asked == [0, 2, 4], "nothing is computed for who no longer waits"
-        assert await ask(5) == 5
+        assert [asked.at_ms for asked, _ in engine.asked] == [0, 1, 2, 4]
+        for asked, _ in engine.asked:
+            assert asked.deadline is not None
+            assert 0 < asked.deadline - time.monotonic() < 5
+        scorer._follower.stop()
 
     asyncio.run(scenario())
 
@@ -83,6 +92,11 @@ def test_a_scorer_without_weights_says_so_and_one_whose_follower_died_is_unhealt
         scorer._follower.stop()
         with pytest.raises(RuntimeError, match="follows the weights"):
             await scorer.check_health()
+        other = Scorer(config(tmp_path, queue=3))
+        other._engine.close()
+        with pytest.raises(RuntimeError, match="engine's thread"):
+            await other.check_health()
+        other._follower.stop()
 
     asyncio.run(scenario())
 

@@ -1,0 +1,95 @@
+"""Which of several weights versions a user is served by.
+
+New weights make every page of the cache a miss. So the version before stays beside the newest one: a user
+whose pages are of it goes on with it until they have been rebuilt, which is done in idle steps, those who ask
+most first, or until the version is too old.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from grstream.histories import History
+from grstream.served import Served
+
+USERS = 1 << 16  # whose last history is remembered, to be rebuilt
+HEAT_S = 60.0  # how long a request counts for: its weight falls to 1/e
+
+
+@dataclasses.dataclass
+class _User:
+    history: History
+    number: int  # of the version that last answered, or was rebuilt
+    heat: float
+    at: float
+
+    def heat_now(self, now: float) -> float:
+        return self.heat * math.exp((self.at - now) / HEAT_S)
+
+
+class Versions:
+    """The versions that are being served, the newest last. Not thread-safe."""
+
+    def __init__(self, kept: int, max_age_s: float) -> None:
+        self._kept, self._max_age_s = kept, max_age_s
+        self._versions: list[tuple[Served, float]] = []  # and when each was followed by the next
+        self._users: collections.OrderedDict[int, _User] = collections.OrderedDict()
+        self._cold: Iterator[int] | None = None  # users to be rebuilt, the hottest first
+
+    @property
+    def newest(self) -> Served | None:
+        return self._versions[-1][0] if self._versions else None
+
+    def all(self) -> list[Served]:
+        return [served for served, _ in self._versions]
+
+    def add(self, served: Served, now: float) -> None:
+        """Serve another version, beside those before it that are not too old."""
+        if self._versions:
+            self._versions[-1] = (self._versions[-1][0], now)
+        self._versions.append((served, math.inf))
+        del self._versions[: -self._kept]
+        self._retire(now)
+        self._cold = None
+
+    def of(self, user: int | None, now: float) -> Served | None:
+        """The version that a user is to be answered by."""
+        self._retire(now)
+        known = self._users.get(user) if user is not None else None
+        for served, _ in self._versions:
+            if known is not None and served.number == known.number:
+                return served
+        return self.newest
+
+    def answered(self, user: int, history: History, served: Served, now: float) -> None:
+        """A user's request goes to this version."""
+        known = self._users.pop(user, None)
+        heat = 1.0 if known is None else 1.0 + known.heat_now(now)
+        self._users[user] = _User(history, served.number, heat, now)
+        if len(self._users) > USERS:
+            self._users.popitem(last=False)
+
+    def rebuilt(self, user: int, served: Served) -> None:
+        if user in self._users:
+            self._users[user].number = served.number
+
+    def to_rebuild(self, now: float) -> tuple[int, History] | None:
+        """The user who asks most among those that an older version still serves, and the last history."""
+        self._retire(now)
+        if len(self._versions) < 2:
+            return None
+        older = {served.number for served, _ in self._versions[:-1]}
+        if self._cold is None:
+            users = self._users
+            self._cold = iter(sorted(users, key=lambda user: -users[user].heat_now(now)))
+        for user in self._cold:
+            known = self._users.get(user)
+            if known is not None and known.number in older:
+                return user, known.history
+        del self._versions[:-1]  # no one is served by them any more
+        return None
+
+    def _retire(self, now: float) -> None:
+        while len(self._versions) > 1 and now - self._versions[0][1] >= self._max_age_s:
+            del self._versions[0]
