@@ -14,7 +14,9 @@ import importlib
 import importlib.util
 import json
 import statistics
+import sys
 import time
+import types
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ def operators() -> torch.library.Library | None:
         "jagged_to_padded_dense(Tensor values, Tensor[] offsets, int[] max_lengths, float padding_value=0)"
         " -> Tensor"
     )
-    library.define("dense_to_jagged(Tensor dense, Tensor[] offsets) -> (Tensor, Tensor[])")
+    library.define("dense_to_jagged(Tensor dense, Tensor[] offsets, int? total_L=None) -> (Tensor, Tensor[])")
 
     def places(offsets: Tensor, longest: int) -> Tensor:
         lengths = offsets.diff()
@@ -50,12 +52,29 @@ def operators() -> torch.library.Library | None:
         out = values.new_full(((len(offset) - 1) * longest, values.shape[1]), padding_value)
         return out.index_copy(0, places(offset, longest), values).view(-1, longest, values.shape[1])
 
-    def pack(dense: Tensor, offsets: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def pack(dense: Tensor, offsets: list[Tensor], total: int | None = None) -> tuple[Tensor, list[Tensor]]:
         return dense.flatten(0, 1).index_select(0, places(offsets[0], dense.shape[1])), offsets
 
+    library.define("asynchronous_complete_cumsum(Tensor lengths) -> Tensor")
+    library.impl(
+        "asynchronous_complete_cumsum",
+        lambda lengths: F.pad(lengths.cumsum(0), (1, 0)),
+        "CompositeImplicitAutograd",
+    )
     library.impl("jagged_to_padded_dense", pad, "CompositeImplicitAutograd")
     library.impl("dense_to_jagged", pack, "CompositeImplicitAutograd")
     return library
+
+
+def module() -> None:
+    """torchrec's one function that the peer's PyTorch path imports, where torchrec is not installed."""
+    name = "torchrec.modules.sorted_index_select"
+    if name in sys.modules or importlib.util.find_spec("torchrec"):
+        return
+    written = types.ModuleType(name)
+    written.maybe_sorted_index_select = lambda values, indices, **_: values[indices]  # type: ignore[attr-defined]
+    for made in (types.ModuleType("torchrec"), types.ModuleType("torchrec.modules"), written):
+        sys.modules[made.__name__] = made
 
 
 def metas(batch: Batch, window: int, dim: int) -> Step:

@@ -7,6 +7,7 @@ journals of the runs that led to it.
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 
 import kafka
@@ -46,6 +47,7 @@ class PartitionAudit:
     twice: list[int]  # offsets that the journals settle more than once
     unjournaled: list[int]  # offsets on which ledger and journals differ otherwise
     wrong: list[tuple[int, Disposition, Disposition]]  # offset, recorded, what the record says
+    uncounted: int  # by how much the ledger's counts differ from the journals, where it counts alone
     counts: dict[Disposition, int]
 
 
@@ -68,7 +70,7 @@ class Audit:
 
     @property
     def wrong(self) -> int:
-        return sum(len(p.wrong) + len(p.unjournaled) for p in self.partitions)
+        return sum(len(p.wrong) + len(p.unjournaled) + p.uncounted for p in self.partitions)
 
     @property
     def passed(self) -> bool:
@@ -99,23 +101,26 @@ def _audit(
     consumed = checkpoint.ledger.consumed(partition)
     tp = kafka.TopicPartition(config.kafka.topic, partition)
     readable = _Readable.of(config, partition, consumed, log.beginning_offsets([tp])[tp])
-    lost = sum(
-        r.stop - r.start
-        for r in checkpoint.ledger
-        if (r.partition, r.disposition) == (partition, Disposition.LOST)
-    )
+    lost = checkpoint.ledger.count(Disposition.LOST, partition)
     recorded = np.full(len(readable), UNRECORDED, np.int8)
     for r in checkpoint.ledger:
         if r.partition == partition:
             recorded[readable.within(r.start, r.stop)] = r.disposition
     journaled = np.full(len(readable), UNRECORDED, np.int8)
     times = np.zeros(len(readable), np.int32)
+    settled = checkpoint.ledger.settled(partition)
+    told = [0] * len(Disposition)  # by the journals, of what the ledger counts alone
     mark = Mark(checkpoint.record.run, checkpoint.record.entries)
     for r in lineage(config.storage / "metrics", mark):
         if r.partition == partition:
             within = readable.within(r.start, r.stop)
             journaled[within] = r.disposition
             times[within] += 1
+            if settled is not None:
+                told[r.disposition] += max(0, min(r.stop, settled.stop) - max(r.start, settled.start))
+    if settled is not None:
+        within = readable.within(settled.start, settled.stop)
+        recorded[within] = journaled[within]
     expected = _expected(config, log, tp, readable)
     wrong = (recorded != UNRECORDED) & (expected != FORGOTTEN) & (recorded != expected)
     return PartitionAudit(
@@ -133,6 +138,7 @@ def _audit(
                 readable.offsets(wrong), recorded[wrong].tolist(), expected[wrong].tolist(), strict=True
             )
         ],
+        uncounted=0 if settled is None else sum(map(abs, map(operator.sub, told, settled.counts))),
         counts={d: int((recorded == d).sum()) for d in Disposition},
     )
 

@@ -306,6 +306,11 @@ class ServeConfig(Section):
         ge=1,
         description="candidates of a request scored in one step, the paper's b_m; default: as measured",
     )
+    step_ms: float = pydantic.Field(
+        10,
+        gt=0,
+        description="how long a step of the engine may encode, and score, before others have their turn",
+    )
     cache_bytes: int = pydantic.Field(1 << 30, ge=0, description="keys and values kept per scorer replica")
     page_tokens: int = pydantic.Field(32, ge=16, description="tokens of a page of the cache: a power of two")
     page_dtype: Literal["float32", "bfloat16", "int8"] = pydantic.Field(

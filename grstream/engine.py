@@ -108,11 +108,17 @@ class Engine:
     """
 
     def __init__(
-        self, config: ServeConfig, device: torch.device | str = "cpu", schema: Schema | None = None
+        self,
+        config: ServeConfig,
+        device: torch.device | str = "cpu",
+        schema: Schema | None = None,
+        *,
+        measure: bool = False,
     ) -> None:
+        """With `measure` the first version is served once the machine has been measured with it."""
         self.device = torch.device(device)
-        self._config, self._schema = config, schema
-        self.cost = Cost.assumed(config.micro_batch)
+        self._config, self._schema, self._measure = config, schema, measure
+        self.cost = Cost.assumed(config.step_ms / 1000, config.micro_batch)
         self._turn = threading.Lock()  # over all that a step touches
         self._wake = threading.Condition()  # over what is incoming
         self._incoming: collections.deque[_Request] = collections.deque()
@@ -166,8 +172,14 @@ class Engine:
                 "names has no part in its answers",
                 *(version.number, served.schema, served.given),
             )
+        new_shape = before is None or _shape(before) != _shape(served)
+        if self._measure and new_shape:
+            config = self._config
+            pages = (config.page_tokens, config.page_dtype)
+            self.cost = Cost.measured(served.model, config.step_ms / 1000, config.micro_batch, *pages)
+            logger.info("measured: %s", self.cost)
         with self._turn:
-            if self.cache is None or before is None or _shape(before) != _shape(served):
+            if new_shape:
                 config = self._config
                 self.cache = KVCache(served.model, config.cache_bytes, config.page_tokens, config.page_dtype)
                 self._versions = Versions(config.versions, config.max_version_age_s)
@@ -359,7 +371,7 @@ class Engine:
         batches: dict[tuple[int, int, bool], list[Part]] = collections.defaultdict(list)
         under_way: set[bytes] = set()
         users: set[tuple[int, int]] = set()
-        left = self.cost.tokens_a_step
+        left = self.cost.step_s
         stuck = None
         for sequence in waiting:
             if left <= 0:
@@ -372,7 +384,7 @@ class Engine:
             if sequence.missing in under_way or user in users:
                 sequence.look_again()
                 continue
-            count = min(len(sequence) - sequence.done, left)
+            count = min(len(sequence) - sequence.done, self.cost.tokens(left, sequence.done))
             if not room_for(sequence, count):
                 stuck = sequence
                 break
@@ -380,7 +392,7 @@ class Engine:
                 under_way.add(sequence.missing)
             if user is not None:
                 users.add(user)
-            left -= count
+            left -= self.cost.encoding.seconds(count, sequence.done)
             group = (id(sequence.served), id(sequence.cache), not sequence.done)
             batches[group].append(Part(sequence, count))
         for batch in batches.values():
@@ -411,21 +423,22 @@ class Engine:
 
     def _score(self, ready: list[_Request]) -> None:
         """Score a micro-batch of each request, as far as a step goes, and answer those that are finished."""
-        left = self.cost.rows_a_step
+        left = self.cost.step_s
         batches: dict[tuple[int, int], list[tuple[_Request, Tensor, int]]] = collections.defaultdict(list)
         for request in ready:
             assert request.work is not None
             assert request.sequence is not None
             if left <= 0:
                 break
-            wanted = min(request.work.left, self.cost.micro_batch, left)
+            n = len(request.sequence)
+            wanted = min(request.work.left, self.cost.micro_batch(n), self.cost.scoring.rows(left, n))
             if wanted:
                 rows = request.work.rows(wanted)
                 kind = int(rows.kind)
                 batches[id(request.work.served), id(request.sequence.cache)].append(
                     (request, rows.vectors, kind)
                 )
-                left -= len(rows.vectors)
+                left -= self.cost.scoring.seconds(wanted, n)
         for batch in batches.values():
             self._score_together(batch)
         scored = {id(request) for batch in batches.values() for request, _, _ in batch}

@@ -3,6 +3,10 @@
 A `Ledger` holds, per partition, disjoint ranges of offsets with their disposition. The trainer adds a
 micro-batch's ranges when it has learned from it and writes the ledger into its checkpoint; on resume a reader
 skips what the ledger holds.
+
+A ledger that has grown long counts what lies before a partition's watermark by disposition instead of listing
+it: a trainer of months would otherwise write years of single duplicates into every checkpoint. Which offset
+ended how is then told by the journals.
 """
 
 import bisect
@@ -41,17 +45,31 @@ class OffsetConflict(RuntimeError):
     """An offset was to be recorded a second time: an event would have been trained twice."""
 
 
+class Settled(NamedTuple):
+    """Offsets start <= o < stop of a partition of which a ledger knows but how many ended in each way."""
+
+    start: int
+    stop: int
+    counts: tuple[int, ...]  # by Disposition
+
+
 class Ledger:
     """Disjoint, merged offset ranges by partition. Adding an offset twice raises OffsetConflict."""
 
     def __init__(self, ranges: Iterable[OffsetRange] = ()) -> None:
         self._ranges: dict[int, list[OffsetRange]] = {}
+        self._settled: dict[int, Settled] = {}
         for r in ranges:
             self.add(r)
 
     def add(self, new: OffsetRange) -> None:
         if new.stop <= new.start:
             raise ValueError(f"an empty offset range: {new}")
+        settled = self._settled.get(new.partition)
+        if settled is not None and settled.start < new.stop and new.start < settled.stop:
+            raise OffsetConflict(
+                f"{new} overlaps [{settled.start}, {settled.stop}), which is recorded already"
+            )
         held = self._ranges.setdefault(new.partition, [])
         at = bisect.bisect_left(held, new.start, key=lambda r: r.start)
         for neighbour in held[max(at - 1, 0) : at + 1]:
@@ -64,18 +82,51 @@ class Ledger:
         else:
             held.insert(at, new)
 
+    def settle(self, most: int) -> None:
+        """Where more than `most` ranges are listed, count instead what lies before each watermark."""
+        if sum(map(len, self._ranges.values())) <= most:
+            return
+        for partition in self.partitions():
+            start, stop = self.consumed(partition)[0]
+            counts = [self.count(d, partition, stop) for d in Disposition]
+            self._settled[partition] = Settled(start, stop, tuple(counts))
+            self._ranges[partition] = [r for r in self._ranges[partition] if r.start >= stop]
+
+    def copy(self) -> "Ledger":
+        other = Ledger()
+        other._ranges = {partition: list(held) for partition, held in self._ranges.items()}
+        other._settled = dict(self._settled)
+        return other
+
+    def position(self) -> "Ledger":
+        """The same offsets, without how they ended: all that a reader needs, and small."""
+        return Ledger(
+            OffsetRange(partition, start, stop, Disposition.TRAINED)
+            for partition in self.partitions()
+            for start, stop in self.consumed(partition)
+        )
+
     def __iter__(self) -> Iterator[OffsetRange]:
+        """The ranges that are listed."""
         for partition in sorted(self._ranges):
             yield from self._ranges[partition]
 
+    def settled(self, partition: int) -> Settled | None:
+        """What is counted alone, before all that is listed."""
+        return self._settled.get(partition)
+
     def consumed(self, partition: int) -> list[tuple[int, int]]:
         """The recorded offsets of a partition as maximal (start, stop) ranges, whatever their disposition."""
+        settled = self._settled.get(partition)
+        parts = [(r.start, r.stop) for r in self._ranges.get(partition, ())]
+        if settled is not None:
+            bisect.insort(parts, (settled.start, settled.stop))
         merged: list[tuple[int, int]] = []
-        for r in self._ranges.get(partition, ()):
-            if merged and merged[-1][1] == r.start:
-                merged[-1] = (merged[-1][0], r.stop)
+        for start, stop in parts:
+            if merged and merged[-1][1] == start:
+                merged[-1] = (merged[-1][0], stop)
             else:
-                merged.append((r.start, r.stop))
+                merged.append((start, stop))
         return merged
 
     def watermark(self, partition: int) -> int | None:
@@ -84,23 +135,48 @@ class Ledger:
         return consumed[0][1] if consumed else None
 
     def partitions(self) -> list[int]:
-        return sorted(self._ranges)
+        return sorted(self._ranges.keys() | self._settled.keys())
 
-    def count(self, disposition: Disposition) -> int:
-        return sum(r.stop - r.start for r in self if r.disposition == disposition)
+    def count(self, disposition: Disposition, partition: int | None = None, before: int | None = None) -> int:
+        """Offsets that ended so: of one partition, and of it before an offset, if given.
+
+        Ranges do not reach across `before`, and what is settled lies in front of it.
+        """
+        listed = sum(
+            r.stop - r.start
+            for p in (self._ranges if partition is None else (partition,))
+            for r in self._ranges.get(p, ())
+            if r.disposition == disposition and (before is None or r.stop <= before)
+        )
+        settled = (s for p, s in self._settled.items() if partition in (None, p))
+        return listed + sum(s.counts[disposition] for s in settled)
 
     def to_table(self) -> pa.Table:
-        columns = list(zip(*self, strict=True)) or [(), (), (), ()]
+        rows: list[tuple[int | None, ...]] = [
+            (r.partition, r.start, r.stop, int(r.disposition), None) for r in self
+        ]
+        for partition, settled in sorted(self._settled.items()):
+            span = (partition, settled.start, settled.stop)
+            rows += [(*span, disposition, count) for disposition, count in enumerate(settled.counts)]
+        columns = list(zip(*rows, strict=True)) or [()] * 5
+        names = ("partition", "start", "stop", "disposition", "count")
+        types = (pa.int32(), pa.int64(), pa.int64(), pa.int8(), pa.int64())
         return pa.table(
-            {
-                "partition": pa.array(columns[0], pa.int32()),
-                "start": pa.array(columns[1], pa.int64()),
-                "stop": pa.array(columns[2], pa.int64()),
-                "disposition": pa.array([int(d) for d in columns[3]], pa.int8()),
-            }
+            {name: pa.array(c, type) for name, type, c in zip(names, types, columns, strict=True)}
         )
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "Ledger":
-        columns = (table[name].to_pylist() for name in ("partition", "start", "stop", "disposition"))
-        return cls(OffsetRange(p, a, b, Disposition(d)) for p, a, b, d in zip(*columns, strict=True))
+        columns = [table[name].to_pylist() for name in ("partition", "start", "stop", "disposition")]
+        # Before there was a count every range was listed.
+        counted = table["count"].to_pylist() if "count" in table.column_names else [None] * len(table)
+        ledger = cls()
+        counts: dict[tuple[int, int, int], list[int]] = {}
+        for p, a, b, d, count in zip(*columns, counted, strict=True):
+            if count is None:
+                ledger.add(OffsetRange(p, a, b, Disposition(d)))
+            else:
+                counts.setdefault((p, a, b), [0] * len(Disposition))[d] = count
+        for (partition, start, stop), by_disposition in counts.items():
+            ledger._settled[partition] = Settled(start, stop, tuple(by_disposition))
+        return ledger

@@ -91,10 +91,13 @@ class ActionSource(Datasource):
     ) -> list[ReadTask]:
         """One task per reader, whatever parallelism Ray Data would like."""
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [
-            ReadTask(functools.partial(_read, self._config, reader, self._position, self._until), unknown)
-            for reader in range(self._config.source.readers)
-        ]
+        tasks = []
+        for reader in range(self._config.source.readers):
+            read = functools.partial(_read, self._config, reader, self._position, self._until)
+            # Ray Data warns of a task of more than 1 MiB, and does so by its function's name.
+            read.__name__ = _read.__name__  # type: ignore[attr-defined]
+            tasks.append(ReadTask(read, unknown))
+        return tasks
 
 
 def _read(config: Config, reader: int, position: Ledger, until: Until | None) -> Iterator[pa.Table]:

@@ -45,6 +45,7 @@ ALONE_WAIT_S = 0.2  # how long a turn waits for a block: bounds how late a clock
 TOGETHER_WAIT_S = 0.02  # with several ranks, those that have work wait for those that have none
 # What going back to the newest checkpoint may cure.
 BAD_WEIGHTS = (Diverged, NonFiniteLoss, NonFiniteWeights)
+LISTED_RANGES = 4096  # of a checkpoint's ledger: beyond, what lies before the watermarks is counted alone
 PROGRESS_S = 2.0  # seconds between reports to the driver; the figures cost some 10 ms
 
 
@@ -169,7 +170,7 @@ class Trainer:
         idle = False  # whether the last execution settled nothing
         while not (self._stopping or self._bound_reached(idle)):
             settled = self._settled()
-            splits = executions.renew(self._ledger, self._ranks.world) if self._leads else []
+            splits = executions.renew(self._ledger.position(), self._ranks.world) if self._leads else []
             feed = Feed(self._ranks.gather(splits)[0][self._ranks.rank])
             try:
                 self._consume(feed)
@@ -401,7 +402,8 @@ class Trainer:
                 newest_event_ms=self._newest_event_ms,
                 created_ms=0,
             )
-            self._saving = self._saver.submit(self._save, self._journal, record, Ledger(self._ledger), state)
+            self._ledger.settle(LISTED_RANGES)
+            self._saving = self._saver.submit(self._save, self._journal, record, self._ledger.copy(), state)
         else:
             self._saving = self._saver.submit(
                 self._store.write_part, self._next_number, self._run, self._ranks.rank, state.save

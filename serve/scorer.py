@@ -24,7 +24,7 @@ class Scorer:
         from grstream.engine import Engine
 
         self._schema = Schema.of(config.events)
-        self._engine = Engine(config.serve, "cuda" if config.serve.gpu else "cpu", self._schema)
+        self._engine = Engine(config.serve, "cuda" if config.serve.gpu else "cpu", self._schema, measure=True)
         self._engine.start()
         self._queue = config.serve.queue
         self._timeout_s = config.serve.request_timeout_ms / 1000

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from grstream import config as configs
-from grstream.audit import NothingToAudit, audit
+from grstream.audit import Audit, NothingToAudit, audit
 from grstream.checkpoints import CheckpointStore, Record
 from grstream.journal import Journal
 from grstream.kafka import create_topic
@@ -34,12 +34,15 @@ def checkpoint(
     ranges: list[OffsetRange],
     journaled: list[OffsetRange] | None = None,
     events: int | None = None,
+    listed: int | None = None,
 ) -> None:
     journal = Journal(config.storage / "metrics", "run", None)
     for r in ranges if journaled is None else journaled:
         journal.settled([r])
     journal.close()
     ledger = Ledger(ranges)
+    if listed is not None:
+        ledger.settle(listed)
     record = Record(
         number=1,
         run="run",
@@ -105,6 +108,29 @@ def test_a_count_of_events_that_differs_from_the_ledger_is_found(
 ) -> None:
     checkpoint(config, truth, events=99)
     assert not audit(config).passed
+
+
+def test_where_a_ledger_counts_alone_its_counts_are_held_against_the_journals(
+    config: configs.Config, truth: list[OffsetRange]
+) -> None:
+    def found(journaled: list[OffsetRange]) -> Audit:
+        checkpoint(config, truth, journaled=journaled, listed=0)
+        partitions = audit(config)
+        (config.storage / "metrics" / "run.jsonl").unlink()
+        (config.storage / "checkpoints").rename(
+            config.storage / f"gone-{len(list(config.storage.iterdir()))}"
+        )
+        return partitions
+
+    assert found(truth).passed
+    assert sum(found(truth).count(d) for d in Disposition) == 10
+    without = found(truth[:-1])
+    assert (without.partitions[0].missing, without.partitions[0].uncounted) == ([9], 1)
+    assert found([*truth, truth[7]]).partitions[0].twice == [7]
+    false = truth[3]._replace(disposition=Disposition.DUPLICATE)
+    other = found([*truth[:3], false, *truth[4:]]).partitions[0]
+    assert other.uncounted == 2
+    assert other.wrong == [(3, Disposition.DUPLICATE, truth[3].disposition)]
 
 
 @pytest.mark.parametrize("late_labels", ["count", "train"])

@@ -226,7 +226,7 @@ class AnyInterleaving(RuleBasedStateMachine):
     def start(self, pages: int, micro_batch: int, age: float, tokens: int) -> None:
         self.budget = pages * PAGE_BYTES
         self.engine = engine(1, micro_batch, self.budget, max_version_age_s=age)
-        self.engine.cost = dataclasses.replace(self.engine.cost, tokens_a_step=tokens)
+        self.engine.cost = dataclasses.replace(self.engine.cost, most_tokens=tokens)
         self.numbers = {1}  # of versions that may answer
         self.newest = 1
 
@@ -427,7 +427,7 @@ def test_a_large_request_does_not_hold_up_a_small_one() -> None:
 
 def test_a_long_history_is_encoded_in_parts_between_which_others_are_answered() -> None:
     served, long = engine(), history(3, 300)
-    served.cost = dataclasses.replace(served.cost, tokens_a_step=32)
+    served.cost = dataclasses.replace(served.cost, most_tokens=32)
     slow = served.ask(Rank(history=long, at_ms=NOW, user=1, items=ITEMS[:2]))
     steps = 0
     while not slow.done():

@@ -43,3 +43,44 @@ def test_the_watermark_stops_at_a_hole() -> None:
     assert ledger.watermark(3) == 4
     assert ledger.consumed(3) == [(0, 4), (6, 9)]
     assert ledger.watermark(1) is None
+
+
+@given(
+    cuts=cuts,
+    order=st.randoms(),
+    kinds=st.lists(st.sampled_from(Disposition), min_size=12, max_size=12),
+    settled=st.lists(st.integers(0, 12), max_size=3),
+)
+def test_a_ledger_that_counts_what_lies_before_its_watermark_knows_the_same_of_every_offset(
+    cuts, order, kinds, settled
+) -> None:
+    ranges = [OffsetRange(0, a, b, k) for a, b, k in zip([0, *cuts], cuts, kinds, strict=False)]
+    order.shuffle(ranges)
+    whole, counting = Ledger(), Ledger()
+    for i, r in enumerate(ranges):
+        if i in settled and i:
+            counting.settle(0)
+            counting = Ledger.from_table(counting.to_table()).copy()
+        whole.add(r)
+        counting.add(r)
+        assert counting.consumed(0) == whole.consumed(0)
+        assert counting.watermark(0) == whole.watermark(0)
+        assert [counting.count(d) for d in Disposition] == [whole.count(d) for d in Disposition]
+        assert list(counting.position()) == list(whole.position())
+    counting.settle(0)
+    first = whole.consumed(0)[0]
+    assert counting.settled(0)[:2] == first
+    assert [r for r in counting if r.start < first[1]] == []
+    for r in ranges:
+        with pytest.raises(OffsetConflict):
+            counting.add(r)
+
+
+def test_a_ledger_is_listed_until_it_has_grown_long() -> None:
+    ledger = Ledger(OffsetRange(0, o, o + 1, Disposition(o % 2)) for o in range(9))
+    ledger.settle(9)
+    assert ledger.settled(0) is None
+    ledger.add(OffsetRange(0, 10, 11, Disposition.TRAINED))
+    ledger.settle(9)
+    assert ledger.settled(0) == (0, 9, (5, 4, 0, 0, 0, 0, 0, 0))
+    assert list(ledger) == [OffsetRange(0, 10, 11, Disposition.TRAINED)]

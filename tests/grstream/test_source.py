@@ -19,6 +19,7 @@ import kafka.admin
 import kafka.errors
 import numpy as np
 import pytest
+from ray import cloudpickle
 
 from grstream import checkpoints, segments, source, telemetry
 from grstream import config as configs
@@ -679,3 +680,11 @@ def test_snapshots_are_kept_that_the_oldest_checkpoint_may_need(
         files.write(RollingHistories(config.histories, features=0, partition=0), offset)
     files.prune(base, base)
     assert files.offsets() == list(range(90 - 10 * left, 90, 10))
+
+
+def test_ray_data_can_name_a_read_task_of_whatever_size(tmp_path: pathlib.Path) -> None:
+    """It warns of those of more than 1 MiB by the name of their function, and a partial has none."""
+    config = make_config(tmp_path, readers=2)
+    for task in source.ActionSource(config, Ledger()).get_read_tasks(1):
+        named = cloudpickle.loads(cloudpickle.dumps(task))
+        assert named.read_fn.__name__ == "_read"
