@@ -37,6 +37,11 @@ class KafkaConfig(Section):
     dead_letter_retention_ms: int = pydantic.Field(
         604_800_000, ge=1, description="of that topic, where it is created here: how long a letter stays"
     )
+    items_topic: str | None = pydantic.Field(
+        None,
+        description="compacted topic that announces items and withdraws them, key = item id; default: none, "
+        "and items are those that the weights know",
+    )
     request_timeout_ms: int = pydantic.Field(10_000, gt=0, description="give up on an unreachable broker")
 
     @property
@@ -298,6 +303,20 @@ class ServeConfig(Section):
     gpu: bool = pydantic.Field(False, description="each scorer replica has a GPU of its own")
     gateways: int = pydantic.Field(2, ge=1, description="gateway replicas: one may die and service goes on")
     history_shards: int = pydantic.Field(1, ge=1, description="partitions are dealt out among them")
+    when_histories_are_away: Literal["wait", "cached"] = pydantic.Field(
+        "wait",
+        description="while a history shard is away or catching up: refuse with a 503 until it is back, or "
+        "answer from the last history that the gateway saw of the user, which says that it is stale",
+    )
+    histories_away_after_ms: int = pydantic.Field(
+        200, ge=1, description="with cached: a shard that takes longer is away; waiting for an offset aside"
+    )
+    cached_histories: int = pydantic.Field(
+        10_000, ge=1, description="with cached: users whose last history a gateway replica keeps"
+    )
+    cached_histories_bytes: int = pydantic.Field(
+        64 << 20, ge=0, description="with cached: and what these may take up"
+    )
     max_candidates: int = pydantic.Field(10_000, ge=1, description="per rank request")
     max_events: int = pydantic.Field(1_000, ge=1, description="per actions request")
     max_k: int = pydantic.Field(1_000, ge=1, description="items a retrieve request may ask for")
@@ -329,6 +348,12 @@ class ServeConfig(Section):
     poll_weights_s: float = pydantic.Field(0.5, gt=0)
     queue: int = pydantic.Field(256, ge=1, description="requests a replica holds before it answers 503")
     request_timeout_ms: int = pydantic.Field(5_000, ge=1, description="beyond it a request gets a 503")
+    read_your_writes_ms: int = pydantic.Field(
+        1_000,
+        ge=0,
+        description="how long a request that names an offset or a token waits for it to be read before it "
+        "gets a 409; request_timeout_ms ends it sooner",
+    )
     recommend_weights: dict[Name, Annotated[float, pydantic.Field(allow_inf_nan=False)]] = pydantic.Field(
         {},
         description="recommendations are ordered by the sum of weight · probability over all actions; "

@@ -7,6 +7,7 @@ takes on partitions that the topic gets, and never passes over lost offsets in s
 counted.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -24,6 +25,7 @@ from grstream.histories import History, RollingHistories
 from grstream.kafka import BrokerUnavailable, TopicMissing, consumer, partition_count, reaching
 from grstream.segments import Segments
 from grstream.snapshot_files import SnapshotFiles
+from grstream.waiters import Waiters
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,10 @@ RETRY_MAX_S = 5.0
 
 class TailNotReady(RuntimeError):
     """Histories have not caught up with the log since the tail started: what it holds may lack events."""
+
+
+class TailBehind(LookupError):
+    """The tail has not read as far as was asked for, and did not in the time given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,10 @@ class TailStatus:
     gaps: int  # offsets that the log no longer had when they were due
     rejected: int  # records that are no events
     reason: str | None  # why it is not connected
+    lags: dict[int, int] = dataclasses.field(default_factory=dict)  # `lag` by partition
+    # Age in ms of the record of the newest event that was folded in, by partition; none where there was none
+    # since the start, or its record has no time.
+    ages_ms: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -56,6 +66,7 @@ class _Partition:
     histories: RollingHistories
     position: int
     end: int  # of the log, as of the last probe
+    newest_ms: int = -1  # time of the record of the newest event that was folded in
 
 
 class HistoryTail:
@@ -66,6 +77,7 @@ class HistoryTail:
         self._decoder = EventDecoder(config.events)
         self._lock = threading.Lock()  # over the histories and all the state below
         self._partitions: dict[int, _Partition] = {}
+        self._waiters = Waiters()
         self._count: int | None = None
         self._connected = self._caught_up = False
         self._gaps = self._rejected = 0
@@ -83,53 +95,113 @@ class HistoryTail:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def history(self, user: int, partition: int) -> tuple[History, int]:
+    def history(
+        self, user: int, partition: int, min_offset: int | None = None, wait_s: float = 0
+    ) -> tuple[History, int]:
         """A user's history by user key, and the position it is as of.
 
-        Raises TailNotReady before the tail has caught up, LookupError for a partition that is not its own.
+        With `min_offset` it includes the record at that offset, which is waited for up to `wait_s`; else
+        TailBehind. Raises TailNotReady before the tail has caught up, LookupError for a partition that is not
+        its own.
         """
-        with self._lock:
-            if not self._caught_up:
-                raise TailNotReady(
-                    f"histories are being read from the log: {self._reason or 'not at its end'}"
-                )
-            held = self._partitions.get(partition)
+        read = threading.Event()
+        with self._waiting(user, partition, min_offset, read.set) as held:
+            return held or self._within(user, partition, min_offset, wait_s, read.wait(wait_s))
+
+    async def history_soon(
+        self, user: int, partition: int, min_offset: int | None = None, wait_s: float = 0
+    ) -> tuple[History, int]:
+        """The same without holding up the event loop or a thread, however many wait."""
+        loop, read = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(read.set)
+
+        with self._waiting(user, partition, min_offset, tell) as held:
             if held is None:
-                raise LookupError(
-                    f"partition {partition} is not one of {sorted(self._partitions)}, those of shard "
-                    f"{self._shard} of {self._shards}"
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(read.wait(), wait_s)
+            return held or self._within(user, partition, min_offset, wait_s, read.is_set())
+
+    @contextlib.contextmanager
+    def _waiting(
+        self, user: int, partition: int, min_offset: int | None, tell: Callable[[], object]
+    ) -> Iterator[tuple[History, int] | None]:
+        """The history, or None where it is not read so far; then `tell` is called once it is."""
+        with self._lock:
+            held = self._own(partition)
+            if min_offset is None or held.position > min_offset:
+                waiting, found = None, (held.histories.history(user), held.position)
+            else:
+                waiting, found = self._waiters.add(partition, min_offset, tell), None
+        try:
+            yield found
+        finally:
+            if waiting is not None:
+                with self._lock:
+                    self._waiters.take_back(waiting)
+
+    def _within(
+        self, user: int, partition: int, min_offset: int | None, wait_s: float, read: bool
+    ) -> tuple[History, int]:
+        """The history after having waited, `read` where the tail said that it got there."""
+        with self._lock:
+            held = self._own(partition)
+            # Not even then where the log turned out to be another one meanwhile.
+            if not read or (min_offset is not None and held.position <= min_offset):
+                raise TailBehind(
+                    f"offset {min_offset} of partition {partition} is not read yet, nor was within "
+                    f"{wait_s:g} s: the next to be read is {held.position}"
                 )
             return held.histories.history(user), held.position
 
+    def _own(self, partition: int) -> _Partition:
+        """The partition, once histories can be read; called under the lock."""
+        if not self._caught_up:
+            raise TailNotReady(f"histories are being read from the log: {self._reason or 'not at its end'}")
+        held = self._partitions.get(partition)
+        if held is None:
+            raise LookupError(
+                f"partition {partition} is not one of {sorted(self._partitions)}, those of shard "
+                f"{self._shard} of {self._shards}"
+            )
+        return held
+
     def status(self) -> TailStatus:
+        now_ms = time.time_ns() // 1_000_000
         with self._lock:
             known = self._count is not None
+            lags = {p: max(0, held.end - held.position) for p, held in self._partitions.items()}
             return TailStatus(
                 connected=self._connected,
                 caught_up=self._caught_up,
                 partitions=self._count,
                 positions={p: held.position for p, held in self._partitions.items()},
-                lag=sum(max(0, h.end - h.position) for h in self._partitions.values()) if known else None,
+                lag=sum(lags.values()) if known else None,
                 gaps=self._gaps,
                 rejected=self._rejected,
                 reason=self._reason,
+                lags=lags,
+                ages_ms={
+                    p: max(0, now_ms - held.newest_ms)
+                    for p, held in self._partitions.items()
+                    if held.newest_ms >= 0
+                },
             )
 
     # -- the thread -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        wait_s = RETRY_S
-        while not self._stopping.is_set():
-            try:
-                with self._log() as log:
-                    wait_s = RETRY_S
-                    self._follow(log)
-            except (BrokerUnavailable, TopicMissing, kafka.errors.KafkaError) as error:
-                with self._lock:
-                    self._connected, self._reason = False, str(error)
-                logger.warning("histories do not follow the log; again in %.1f s: %s", wait_s, error)
-                self._stopping.wait(wait_s)
-                wait_s = min(2 * wait_s, RETRY_MAX_S)
+        def follow(reached: Callable[[], None]) -> None:
+            with self._log() as log:
+                reached()
+                self._follow(log)
+
+        def away(reason: str) -> None:
+            with self._lock:
+                self._connected, self._reason = False, reason
+
+        until_stopped(self._stopping, "histories do", follow, away)
 
     @contextlib.contextmanager
     def _log(self) -> Iterator[kafka.KafkaConsumer]:
@@ -232,7 +304,10 @@ class HistoryTail:
             if decoded is not None:
                 held.histories.append(decoded.batch, tombstones=decoded.tombstones)
                 self._rejected += len(decoded.rejected)
+                if len(decoded.batch):
+                    held.newest_ms = int(times[np.searchsorted(offsets, decoded.batch.offsets[-1])])
             held.position = max(held.position, position)
+            self._waiters.reached(partition, held.position)
 
     def _note_end(self) -> None:
         if self._caught_up:
@@ -256,3 +331,30 @@ class HistoryTail:
 
     def _tp(self, partition: int) -> kafka.TopicPartition:
         return kafka.TopicPartition(self._config.kafka.topic, partition)
+
+
+def until_stopped(
+    stopping: threading.Event,
+    who: str,
+    follow: Callable[[Callable[[], None]], None],
+    away: Callable[[str], None],
+) -> None:
+    """Follow the log again and again, waiting longer each time that it was not even reached.
+
+    `follow` is given what it calls once it has reached the log, and may return to be called again. `away` is
+    told why it ended where the broker or the topic is not there.
+    """
+    wait_s = RETRY_S
+
+    def reached() -> None:
+        nonlocal wait_s
+        wait_s = RETRY_S
+
+    while not stopping.is_set():
+        try:
+            follow(reached)
+        except (BrokerUnavailable, TopicMissing, kafka.errors.KafkaError) as error:
+            away(str(error))
+            logger.warning("%s not follow the log; again in %.1f s: %s", who, wait_s, error)
+            stopping.wait(wait_s)
+            wait_s = min(2 * wait_s, RETRY_MAX_S)

@@ -145,6 +145,21 @@ CLOSED_EARLY = Metric(
     ("partition",),
 )
 
+# -- history shards -----------------------------------------------------------------------------------------
+
+HISTORY_LAG = Metric(
+    "grstream_history_lag_offsets",
+    Kind.GAUGE,
+    "Offsets from the next that a history shard reads to the log's end, as it last knew it.",
+    ("partition",),
+)
+HISTORY_AGE = Metric(
+    "grstream_history_age_seconds",
+    Kind.GAUGE,
+    "Age of the record of the newest event in a shard's histories.",
+    ("partition",),
+)
+
 METRICS = tuple(value for value in globals().values() if isinstance(value, Metric))
 
 

@@ -33,6 +33,7 @@ from grstream.tail import TailNotReady, TailStatus
 from grstream.weights import Manifest
 from serve.errors import OtherSchema, QueueFull, Unavailable
 from serve.gateway import UserHistory
+from serve.last_seen import LastSeen, StaleHistory
 from serve.schemas import Appended, ReadyAnswer, ShardState
 from serve.writer import ActionWriter
 
@@ -51,6 +52,8 @@ AWAY = (
     ReplicaUnavailableError,
     RequestCancelledError,
 )
+# The kinds of Unavailable at which the last history seen may answer instead.
+SHARD_AWAY = ("history_shard_unavailable", "not_ready")
 
 
 class RayBackend:
@@ -61,17 +64,50 @@ class RayBackend:
         self._schema = Schema.of(config.events)
         self._partitions: int | None = None  # of the topic
         self._ask_again = 0.0
+        self._read_wait_s = config.serve.read_your_writes_ms / 1000
+        self._away_after_s = config.serve.histories_away_after_ms / 1000
+        self._seen: LastSeen | None = None
+        if config.serve.when_histories_are_away == "cached":
+            self._seen = LastSeen(
+                config.serve.cached_histories, config.serve.cached_histories_bytes, config.forget_within_s
+            )
         self._queue = config.serve.queue
         self._posting = 0
         self._writer = ActionWriter(config)
         self._writers = concurrent.futures.ThreadPoolExecutor(WRITERS, thread_name_prefix="writer")
 
-    async def history(self, user: Id) -> UserHistory:
+    async def history(self, user: Id, min_offset: int | None = None) -> UserHistory:
+        """The user's history; a StaleHistory where its shard is away and the configuration says so.
+
+        With `min_offset` it includes the record at that offset of the user's partition, or TailBehind.
+        """
+        if self._seen is None:
+            return await self._live(user, min_offset)
+        last = self._seen.get(user)
+        if last is None or (min_offset is not None and last.position <= min_offset):
+            last = None
+        try:
+            # Serve holds a call to a replica that is being started again until it is there.
+            waiting_s = 0 if min_offset is None else self._read_wait_s
+            async with asyncio.timeout(None if last is None else self._away_after_s + waiting_s):
+                held = await self._live(user, min_offset)
+        except TimeoutError:
+            if last is None:  # somebody else's
+                raise
+            return StaleHistory.of(last)
+        except Unavailable as error:
+            if last is None or error.problem.type not in SHARD_AWAY:
+                raise
+            return StaleHistory.of(last)
+        self._seen.put(user, held)
+        return held
+
+    async def _live(self, user: Id, min_offset: int | None) -> UserHistory:
         partition = partition_of(user, await self._partition_count())
         shard = self._shards[partition % len(self._shards)]
         with _reaching("history shard"):
             held: UserHistory = await shard.history.remote(
-                self._schema, key_of(Namespace.USER, user), partition
+                self._schema, key_of(Namespace.USER, user), partition, min_offset, self._read_wait_s
             )
             return held
 
@@ -97,6 +133,8 @@ class RayBackend:
         return await self._post(self._writer.append, events)
 
     async def forget(self, user: Id) -> Appended:
+        if self._seen is not None:
+            self._seen.drop(user)
         return await self._post(self._writer.forget, user)
 
     async def _post(self, write: Callable[[P], T], what: P) -> T:

@@ -1,6 +1,9 @@
+import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import pathlib
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,7 +20,7 @@ from grstream.histories import RollingHistories
 from grstream.kafka import create_topic, partition_of, producer
 from grstream.keys import Id, Namespace, key_of, partition_key
 from grstream.snapshot_files import SnapshotFiles
-from grstream.tail import HistoryTail, TailNotReady
+from grstream.tail import HistoryTail, TailBehind, TailNotReady
 
 pytestmark = pytest.mark.kafka
 PATIENCE_S = 30.0
@@ -291,3 +294,36 @@ def test_a_log_that_is_not_the_one_it_was_is_said_so_and_read_anew(
         assert tail.status().gaps in (4, 5)  # the new log may have been looked at before its first event
         tail.stop()
     assert "another log" in caplog.text
+
+
+def test_what_was_posted_is_waited_for_and_too_far_an_offset_is_not_for_ever(kafka_bootstrap: str) -> None:
+    config = config_for(kafka_bootstrap)
+    create_topic(config.kafka, 1)
+    user = key_of(Namespace.USER, 1)
+    with tailing(config) as tail:
+        eventually(lambda: tail.status().caught_up)
+
+        async def many() -> list[int]:
+            waits = [tail.history_soon(user, 0, i % 3, PATIENCE_S) for i in range(300)]
+            asked = asyncio.gather(*waits)
+            await asyncio.sleep(0)  # all wait now, none in a thread
+            assert threading.active_count() < 50
+            await asyncio.to_thread(post, config, [event(1, i, i) for i in range(3)])
+            return [len(history.items) - i % 3 for i, (history, _) in enumerate(await asked)]
+
+        assert min(asyncio.run(many())) >= 1
+        assert len(tail.history(user, 0, 2)[0].items) == 3
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            waiting = pool.submit(tail.history, user, 0, 3, PATIENCE_S)
+            post(config, [event(2, 1, 1)])
+            assert waiting.result()[1] == 4
+        for offset in (4, 2**62):
+            with pytest.raises(TailBehind, match="next to be read is 4"):
+                tail.history(user, 0, offset)
+            with pytest.raises(TailBehind):
+                asyncio.run(tail.history_soon(user, 0, offset, 0.01))
+        assert len(tail._waiters) == 0
+        with pytest.raises(LookupError, match="is not one of"):
+            tail.history(user, 1, 0)
+        eventually(lambda: tail.status().lags == {0: 0})
+        assert 0 <= tail.status().ages_ms[0] < 60_000
