@@ -41,6 +41,16 @@ SLOW_AT_MOST = 32
 # Inside a field that it ignores Arrow skips what pydantic's parser refuses: deep nesting, endless numbers.
 # Records that could hold such a thing are left to the slow way, so that both refuse the same.
 _IGNORED_BYTES, _IGNORED_BRACKETS = 4096, 100
+# Of an event's `served`, which is judged and not kept.
+_SERVED = pa.struct(
+    {
+        "by": pa.string(),
+        "version": pa.int64(),
+        "arm": pa.string(),
+        "score": pa.float64(),
+        "rank": pa.int64(),
+    }
+)
 _DECIMAL = r"^(?:0|-?[1-9][0-9]{0,18})$"
 _INT64_DIGITS = 18  # a decimal of so many digits is an int64 for certain
 
@@ -226,7 +236,7 @@ class ColumnReader:
                 "timestamp_ms": pa.int64(),
                 "context": pa.struct([(name, id_type(name)) for name in self._config.context]),
                 "item_features": pa.struct([(name, id_type(name)) for name in self._config.item_features]),
-                **({"exposure_id": pa.string()} if self._config.exposures else {}),
+                **({"exposure_id": pa.string(), "served": _SERVED} if self._config.exposures else {}),
             }
             self._parsers[strings] = pa.json.ParseOptions(
                 explicit_schema=pa.schema(schema),

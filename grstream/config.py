@@ -359,6 +359,26 @@ class ServeConfig(Section):
         description="recommendations are ordered by the sum of weight · probability over all actions; "
         "1 where not given",
     )
+    max_history: int = pydantic.Field(2_000, ge=1, description="events of a history that a request brings")
+    max_batch: int = pydantic.Field(64, ge=1, description="requests of a batch")
+    max_body_bytes: int = pydantic.Field(2 << 20, ge=1, description="of a request; beyond, it gets a 413")
+    body_timeout_ms: int = pydantic.Field(
+        10_000, ge=1, description="for a request's body to arrive; beyond, it gets a 408"
+    )
+    api_keys_file: pathlib.Path | None = pydantic.Field(
+        None,
+        description="YAML, name: key of 16 characters or more; read once, where the application is built. "
+        "The environment's GRSTREAM_API_KEYS (name=key,name=key) takes its place. Default: whoever reaches "
+        "the port is answered, which must then be on a loopback address",
+    )
+    max_in_flight_per_key: int = pydantic.Field(
+        256, ge=1, description="requests of one API key in a gateway replica; beyond, a 429"
+    )
+    exposure_topic: str | None = pydantic.Field(
+        None,
+        description="a topic to which every listed item goes as an impression, with version, score and rank; "
+        "it may be kafka.topic, where all that is listed is shown. Default: not logged",
+    )
 
     def weight(self, action: str) -> float:
         """Of an action's probability in the order of recommendations."""
@@ -491,15 +511,27 @@ class Config(Section):
             unknown = sorted(set(named) - set(configured))
             if unknown:
                 raise ValueError(f"replay.{field} names {', '.join(unknown)}, which events.{field} does not")
-        unknown = sorted(set(self.train.action_weights) - set(self.events.actions))
-        if unknown:
-            raise ValueError(
-                f"train.action_weights names {', '.join(unknown)}, which events.actions does not"
-            )
+        weights = {
+            "train.action_weights": self.train.action_weights,
+            "serve.recommend_weights": self.serve.recommend_weights,
+        }
+        for field, by_action in weights.items():
+            unknown = sorted(set(by_action) - set(self.events.actions))
+            if unknown:
+                raise ValueError(f"{field} names {', '.join(unknown)}, which events.actions does not")
         category = self.replay.synthetic.category
         if category is not None and category not in self.events.item_features:
             raise ValueError(
                 f"replay.synthetic.category names {category}, which events.item_features does not"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _impressions_can_be_read(self) -> Self:
+        if self.serve.exposure_topic == self.kafka.topic and self.events.exposures is None:
+            raise ValueError(
+                "serve.exposure_topic is the topic of actions, whose readers refuse impressions unless "
+                "events.exposures is configured"
             )
         return self
 
@@ -525,3 +557,46 @@ def load(path: str | os.PathLike[str]) -> Config:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     config = parse(data, str(path))
     return config.model_copy(update={"storage": config.storage.absolute()})
+
+
+API_KEYS_VARIABLE = "GRSTREAM_API_KEYS"
+_API_KEYS = pydantic.TypeAdapter(
+    Annotated[
+        dict[Name, Annotated[pydantic.SecretStr, pydantic.Field(min_length=16)]],
+        pydantic.Field(min_length=1),
+    ]
+)
+
+
+def api_keys(config: ServeConfig) -> dict[str, pydantic.SecretStr]:
+    """The API keys by name, from the environment, else from the configured file; none where neither is there.
+
+    Raises ConfigError, which never quotes a key.
+    """
+    given = os.environ.get(API_KEYS_VARIABLE)
+    if given is not None:
+        origin = API_KEYS_VARIABLE
+        data: object = dict(pair.strip().partition("=")[::2] for pair in given.split(","))
+    elif config.api_keys_file is not None:
+        origin = str(config.api_keys_file)
+        try:
+            data = yaml.safe_load(config.api_keys_file.read_text())
+        except OSError as error:
+            raise ConfigError(f"cannot read serve.api_keys_file: {error}") from error
+        except yaml.YAMLError:
+            raise ConfigError(f"{origin} is not YAML") from None  # the error quotes the line
+    else:
+        return {}
+    try:
+        keys = _API_KEYS.validate_python(data)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        raise ConfigError(f"{origin} is not `name: key` of 16 characters or more: {first['msg']}") from None
+    if len({key.get_secret_value() for key in keys.values()}) < len(keys):
+        raise ConfigError(f"{origin} gives one key two names")
+    return keys
+
+
+def ha_proxy_enabled() -> bool:
+    """Whether Ray Serve is to run HAProxy, which listens on every address of a node."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0").lower() not in ("", "0", "false")

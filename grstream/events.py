@@ -58,6 +58,18 @@ WireId = Annotated[int | str, pydantic.BeforeValidator(_parse_id)]
 Features = Annotated[dict[str, WireId], pydantic.BeforeValidator(_given)]
 
 
+class Served(pydantic.BaseModel):
+    """Where an impression came from, for whoever reads the log; neither histories nor the trainer heed it."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    by: str | None = pydantic.Field(None, description="rank, retrieve or recommend")
+    version: int | None = pydantic.Field(None, description="of the weights")
+    arm: str | None = pydantic.Field(None, description="of an A/B test")
+    score: float | None = None
+    rank: int | None = pydantic.Field(None, description="place by score in its list, from 0")
+
+
 class ActionEvent(pydantic.BaseModel):
     """A user acted upon an item, or was shown it (no actions). Ids are held in their canonical form."""
 
@@ -78,6 +90,7 @@ class ActionEvent(pydantic.BaseModel):
         description="where exposures are joined: without actions the item was shown under this id, with some "
         "it was acted upon because of that",
     )
+    served: Served | None = pydantic.Field(None, description="where exposures are joined: what listed it")
 
     def to_json(self) -> bytes:
         """The event as a record's value."""
@@ -90,6 +103,7 @@ class _LenientEvent(ActionEvent):
 
 class _LenientPlainEvent(_LenientEvent):
     exposure_id: Annotated[None, pydantic.BeforeValidator(lambda value: None)] = None
+    served: Annotated[None, pydantic.BeforeValidator(lambda value: None)] = None
 
 
 class EventSchema:
@@ -124,8 +138,10 @@ class EventSchema:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             reason = first["msg"].removeprefix("Value error, ")
             raise InvalidEvent(reason, ".".join(map(str, first["loc"])) or None) from error
-        if event.exposure_id is not None and self.config.exposures is None:
-            raise InvalidEvent("exposures are not joined: events.exposures is not configured", "exposure_id")
+        if self.config.exposures is None:
+            for field in ("exposure_id", "served"):
+                if getattr(event, field) is not None:
+                    raise InvalidEvent("exposures are not joined: events.exposures is not configured", field)
         self.mask(event.actions)
         context = self._known("context", event.context, self.config.context)
         item_features = self._known("item_features", event.item_features, self.config.item_features)

@@ -5,6 +5,8 @@ clients ─► gateways ─► history-0 … history-n     histories, live from 
 """
 
 import importlib.util
+import ipaddress
+import logging
 import os
 import pathlib
 from typing import Any
@@ -19,10 +21,12 @@ from ray.serve.handle import DeploymentHandle
 
 import grstream
 from grstream import config as configuration
-from grstream.config import Config
+from grstream.config import Config, ConfigError
 from serve.backend import RayBackend
 from serve.errors import RETRY_AFTER_S
+from serve.exposure_log import ExposureLog
 from serve.gateway import create_app
+from serve.middleware import Keyring, access_log
 from serve.scorer import Scorer
 from serve.shard import HistoryShard
 
@@ -48,17 +52,24 @@ class Arguments(pydantic.BaseModel):
 
 
 def build(arguments: Arguments) -> Application:
-    """The application of a configuration. Raises ConfigError, and WrongPackage for a name clash."""
+    """The application of a configuration.
+
+    Raises ConfigError, also where other machines could reach it without an API key, and WrongPackage for a
+    name clash.
+    """
     for name in ("serve", "kernels"):
         require_own(name)
     if isinstance(arguments.config, str):
         config = configuration.load(arguments.config)
     else:
         config = configuration.parse(arguments.config)
-    return application(config.model_copy(update={"storage": config.storage.absolute()}))
+    keys = Keyring(configuration.api_keys(config.serve))
+    if not keys:
+        _require_loopback(config)
+    return application(config.model_copy(update={"storage": config.storage.absolute()}), keys)
 
 
-def application(config: Config) -> Application:
+def application(config: Config, keys: Keyring) -> Application:
     """The deployments of a configuration, bound together."""
     options = {
         "health_check_period_s": HEALTH_PERIOD_S,
@@ -102,7 +113,7 @@ def application(config: Config) -> Application:
             backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
             **options,
         )
-        .bind(config, scorers, shards)
+        .bind(config, keys, scorers, shards)
     )
 
 
@@ -110,12 +121,55 @@ def application(config: Config) -> Application:
 class Gateway:
     """The ingress deployment: `serve.gateway` over Ray."""
 
-    def __init__(self, config: Config, scorers: DeploymentHandle, shards: list[DeploymentHandle]) -> None:
-        self._config = config
+    def __init__(
+        self, config: Config, keys: Keyring, scorers: DeploymentHandle, shards: list[DeploymentHandle]
+    ) -> None:
+        self._config, self._keys = config, keys
+        self._exposures = ExposureLog(config) if config.serve.exposure_topic else None
         self._backend = RayBackend(config, scorers, shards)
+        self._ranking: Any = None
+        # Ray sets up its own loggers alone. To the replica's standard error, which Ray keeps.
+        access_log.addHandler(logging.StreamHandler())
+        access_log.setLevel(logging.INFO)
+        access_log.propagate = False
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
-        return create_app(self._config, self._backend)
+        exposures = self._exposures.add if self._exposures else None
+        return create_app(self._config, self._backend, self._keys, exposures)
+
+    async def Rank(self, asked: Any, grpc_context: Any) -> Any:
+        """`Rank` of serve/rank.proto, where the cluster's Serve has `serve.rpc:add_ranking`."""
+        if self._ranking is None:
+            from serve.rpc import Ranking  # protobuf's newer versions are needed for it alone
+
+            listed = self._exposures.add if self._exposures else None
+            self._ranking = Ranking(self._config, self._backend, self._keys, listed)
+        return await self._ranking.rank(asked, grpc_context)
+
+    def __del__(self) -> None:
+        """Serve calls this when it stops a replica."""
+        if self._exposures is not None:
+            self._exposures.close(self._config.serve.request_timeout_ms / 1000)
+
+
+def _require_loopback(config: Config) -> None:
+    """Raise ConfigError where a port of the application could be reached from another machine."""
+    host = config.serve.host
+    keys = (
+        f"set serve.api_keys_file, or {configuration.API_KEYS_VARIABLE} in the environment, to keys that "
+        "clients then send"
+    )
+    if configuration.ha_proxy_enabled():
+        raise ConfigError(f"HAProxy listens on every address of a node (RAY_SERVE_ENABLE_HA_PROXY): {keys}")
+    if not _is_loopback(host):
+        raise ConfigError(f"serve.host {host} can be reached from other machines: {keys}, or use 127.0.0.1")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def require_own(name: str) -> None:

@@ -22,19 +22,19 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
+from grstream.api import Appended, ReadyAnswer, ShardState
 from grstream.config import Config
 from grstream.events import ActionEvent
 from grstream.histories import History
 from grstream.kafka import partition_of
 from grstream.keys import Id, Keys, Namespace, key_of
 from grstream.schema import Schema
-from grstream.scores import EngineNotReady, Ranked, Retrieved
+from grstream.scores import EngineNotReady, Ranked, Recommended, Retrieved
 from grstream.tail import TailNotReady, TailStatus
 from grstream.weights import Manifest
 from serve.errors import OtherSchema, QueueFull, Unavailable
 from serve.gateway import UserHistory
-from serve.last_seen import LastSeen, StaleHistory
-from serve.schemas import Appended, ReadyAnswer, ShardState
+from serve.last_seen import LastSeen, stale
 from serve.writer import ActionWriter
 
 P = TypeVar("P")
@@ -76,8 +76,11 @@ class RayBackend:
         self._writer = ActionWriter(config)
         self._writers = concurrent.futures.ThreadPoolExecutor(WRITERS, thread_name_prefix="writer")
 
+    async def partition(self, user: Id) -> int:
+        return partition_of(user, await self._partition_count())
+
     async def history(self, user: Id, min_offset: int | None = None) -> UserHistory:
-        """The user's history; a StaleHistory where its shard is away and the configuration says so.
+        """The user's history; a stale one where its shard is away and the configuration says so.
 
         With `min_offset` it includes the record at that offset of the user's partition, or TailBehind.
         """
@@ -94,16 +97,16 @@ class RayBackend:
         except TimeoutError:
             if last is None:  # somebody else's
                 raise
-            return StaleHistory.of(last)
+            return stale(last)
         except Unavailable as error:
             if last is None or error.problem.type not in SHARD_AWAY:
                 raise
-            return StaleHistory.of(last)
+            return stale(last)
         self._seen.put(user, held)
         return held
 
     async def _live(self, user: Id, min_offset: int | None) -> UserHistory:
-        partition = partition_of(user, await self._partition_count())
+        partition = await self.partition(user)
         shard = self._shards[partition % len(self._shards)]
         with _reaching("history shard"):
             held: UserHistory = await shard.history.remote(
@@ -120,14 +123,38 @@ class RayBackend:
             return ranked
 
     async def retrieve(
-        self, user: Id, history: History, k: int, context: Keys, at_ms: int, exclude: Keys
+        self,
+        user: Id,
+        history: History,
+        k: int,
+        context: Keys,
+        at_ms: int,
+        exclude: Keys,
+        allow: Keys | None,
     ) -> Retrieved:
         with _reaching("scorer"):
             scorer = self._scorers.options(session_id=str(user))
             found: Retrieved = await scorer.retrieve.remote(
-                self._schema, key_of(Namespace.USER, user), history, k, context, at_ms, exclude
+                self._schema, key_of(Namespace.USER, user), history, k, context, at_ms, exclude, allow
             )
             return found
+
+    async def recommend(
+        self,
+        user: Id,
+        history: History,
+        k: int,
+        context: Keys,
+        at_ms: int,
+        exclude: Keys,
+        allow: Keys | None,
+    ) -> Recommended:
+        with _reaching("scorer"):
+            scorer = self._scorers.options(session_id=str(user))
+            best: Recommended = await scorer.recommend.remote(
+                self._schema, key_of(Namespace.USER, user), history, k, context, at_ms, exclude, allow
+            )
+            return best
 
     async def append(self, events: Sequence[ActionEvent]) -> list[Appended]:
         return await self._post(self._writer.append, events)

@@ -8,11 +8,22 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from grstream.api import Appended, ErrorAnswer, Problem
 from grstream.schema import Schema
-from serve.schemas import Appended, ErrorAnswer, Problem
 
+REQUEST_ID = "grstream.request_id"  # of an ASGI scope: see serve/middleware.py
 RETRY_AFTER_S = 1  # a dead replica is back in seconds; clients that come a second later spread by themselves
 NOT_JSON = "body is not JSON"
+WHY_NOT = {
+    400: "the body is not JSON",
+    401: "no API key, or one that is not configured",
+    408: "the body took too long to arrive",
+    409: "the history does not include yet what it was asked to",
+    413: "more than a configured limit",
+    422: "a field is wrong; it is named",
+    429: "as many requests of this API key as may be are being answered; with Retry-After",
+    503: "a part is away, or its queue full; with Retry-After",
+}
 
 
 class QueueFull(RuntimeError):
@@ -60,6 +71,27 @@ class Invalid(Refusal):
         super().__init__(422, "invalid_request", message, field)
 
 
+class NotYet(Refusal):
+    """409: the history does not include yet what it was asked to."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(409, "not_yet_visible", message)
+
+
+class Unauthorized(Refusal):
+    """401: no API key, or one that is not configured."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(401, "unauthorized", message)
+
+
+class TooManyRequests(Refusal):
+    """429 with Retry-After: the caller's other requests have to be answered first."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(429, "too_many_requests", message)
+
+
 def require_schema(own: Schema, callers: Schema) -> None:
     """What a replica makes of a call while an application's replicas are exchanged one by one.
 
@@ -71,36 +103,53 @@ def require_schema(own: Schema, callers: Schema) -> None:
         )
 
 
-def response(refusal: Refusal) -> Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if refusal.status == 503 else None
-    body = ErrorAnswer(error=refusal.problem).model_dump_json(exclude_none=True)
+def response(refusal: Refusal, request_id: str | None) -> Response:
+    """The refusal as an answer; its body and header name the request, where it has an id."""
+    headers = {}
+    if refusal.status in (429, 503):
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if request_id is not None:
+        headers["X-Request-Id"] = request_id
+    problem = refusal.problem.model_copy(update={"request_id": request_id})
+    body = ErrorAnswer(error=problem).model_dump_json(exclude_none=True)
     return Response(body, refusal.status, headers, media_type="application/json")
 
 
 def install(app: fastapi.FastAPI) -> None:
     """Have an application answer every error in this form."""
 
-    async def on_refusal(_: fastapi.Request, error: Exception) -> Response:
+    def answered(request: fastapi.Request, refusal: Refusal) -> Response:
+        return response(refusal, request.scope.get(REQUEST_ID))
+
+    async def on_refusal(request: fastapi.Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)
-        return response(error)
+        return answered(request, error)
 
-    async def on_invalid(_: fastapi.Request, error: Exception) -> Response:
+    async def on_invalid(request: fastapi.Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return response(_invalid(error))
+        return answered(request, _invalid(error))
 
-    async def on_http(_: fastapi.Request, error: Exception) -> Response:
+    async def on_http(request: fastapi.Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         kinds = {400: "bad_request", 404: "not_found", 405: "method_not_allowed"}
-        return response(Refusal(error.status_code, kinds.get(error.status_code, "http"), error.detail))
+        refusal = Refusal(error.status_code, kinds.get(error.status_code, "http"), error.detail)
+        return answered(request, refusal)
 
-    async def on_bug(_: fastapi.Request, error: Exception) -> Response:
-        # Starlette logs the traceback; the client is told no more than that it is not its fault.
-        return response(Refusal(500, "internal", f"unexpected {type(error).__name__}; see the server's log"))
+    async def on_bug(request: fastapi.Request, error: Exception) -> Response:
+        # Starlette logs the traceback.
+        return answered(request, bug(error))
 
     app.add_exception_handler(Refusal, on_refusal)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_bug)
+
+
+def bug(error: BaseException) -> Refusal:
+    """What a client is told of one: no more than that it is not its fault."""
+    return Refusal(500, "internal", f"unexpected {type(error).__name__}; see the server's log")
 
 
 def invalid_fields(error: pydantic.ValidationError | RequestValidationError) -> tuple[str, str | None]:

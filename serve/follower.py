@@ -28,6 +28,9 @@ class WeightsFollower:
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
 
     def start(self) -> None:
+        """Look before returning, so that who starts has a version if there is one."""
+        while self._look():
+            pass
         self._thread.start()
 
     def stop(self) -> None:
@@ -55,10 +58,12 @@ class WeightsFollower:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            try:
-                again = self.poll()
-            except (OSError, WeightsError) as error:  # shared storage may be away for a while
-                logger.error("cannot read weights versions: %s", error)
-                again = False
-            if not again:
+            if not self._look():
                 self._source.wait(self._poll_s)
+
+    def _look(self) -> bool:
+        try:
+            return self.poll()
+        except (OSError, WeightsError) as error:  # shared storage may be away for a while
+            logger.error("cannot read weights versions: %s", error)
+            return False

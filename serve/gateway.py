@@ -1,4 +1,4 @@
-"""The HTTP face: requests judged and turned into keys, answers turned back into ids.
+"""The HTTP face: what is asked, by whom and where it goes; answers turned back into ids.
 
 It knows nothing of Ray: everything behind it is a `Backend`, so that every bad request is tested without a
 cluster. A request that cannot be answered gets a typed JSON error (serve/errors.py).
@@ -8,40 +8,25 @@ import asyncio
 import contextlib
 import dataclasses
 import importlib.metadata
-import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Annotated, Any, Protocol, TypeVar
 
 import fastapi
+import fastapi.security
 import numpy as np
+import numpy.typing as npt
 import pydantic
 from fastapi.responses import Response
 
-from grstream.config import Config
-from grstream.events import ActionEvent, EventSchema, InvalidEvent
-from grstream.histories import History
-from grstream.keys import (
-    ABSENT,
-    Id,
-    Keys,
-    Namespace,
-    canonical_id,
-    feature_namespace,
-    ints_of_keys,
-    key_of,
-    keys_of_ints,
-    keys_of_strings,
-)
-from grstream.scores import EngineNotReady, NonFiniteScores, Ranked, Retrieved, WrongFeatures
-from grstream.weights import Manifest
-from serve import errors
-from serve.errors import Invalid, Refusal, Unavailable
-from serve.schemas import (
+from grstream.api import (
     ActionsAnswer,
-    ActionsRequest,
     Appended,
-    Candidate,
+    BatchAnswer,
+    BatchElement,
     ErrorAnswer,
+    Explain,
     ForgetAnswer,
     Found,
     HistoryAnswer,
@@ -49,15 +34,49 @@ from serve.schemas import (
     ModelAnswer,
     Position,
     RankAnswer,
-    RankRequest,
     ReadyAnswer,
+    RecommendAnswer,
+    Recommendation,
     RetrieveAnswer,
-    RetrieveRequest,
     Scored,
+)
+from grstream.config import Config
+from grstream.events import ActionEvent
+from grstream.histories import History
+from grstream.keys import Id, Keys, Namespace, ints_of_keys
+from grstream.scores import (
+    EngineNotReady,
+    EngineStopped,
+    NonFiniteScores,
+    Ranked,
+    Recommended,
+    Retrieved,
+    WrongFeatures,
+)
+from grstream.tail import TailBehind
+from grstream.weights import Manifest
+from serve import errors
+from serve.errors import Invalid, NotYet, Refusal, Unavailable
+from serve.exposure_log import Listing
+from serve.judge import Judge, limit, now_ms, offset_of, user_of
+from serve.middleware import VERSION_HEADER, Access, Admission, BoundedBody, Keyring, RequestLog
+from serve.schemas import (
+    ActionsRequest,
+    BatchRequest,
+    ForUser,
+    Offset,
+    RankRequest,
+    RecommendRequest,
+    RetrieveRequest,
+    Token,
     action_names,
 )
 
-DEFAULT_K = 100
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=ForUser)
+A = TypeVar("A", bound=pydantic.BaseModel)
+F = TypeVar("F", Retrieved, Recommended)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +86,43 @@ class UserHistory:
     history: History
     partition: int
     position: int
+    stale: bool = False  # the shard is away: it is what was last seen, and newer events may be missing
 
 
 class Backend(Protocol):
     """What stands behind the gateway. Methods raise Unavailable where a part of it is away."""
 
-    async def history(self, user: Id) -> UserHistory: ...
+    async def partition(self, user: Id) -> int:
+        """The partition of the topic that the user's events are in."""
+        ...
+
+    async def history(self, user: Id, min_offset: int | None) -> UserHistory:
+        """Raises TailBehind where the event at `min_offset` is not read in time."""
+        ...
 
     async def rank(self, user: Id, history: History, items: Keys, features: Keys, at_ms: int) -> Ranked: ...
 
     async def retrieve(
-        self, user: Id, history: History, k: int, context: Keys, at_ms: int, exclude: Keys
+        self,
+        user: Id,
+        history: History,
+        k: int,
+        context: Keys,
+        at_ms: int,
+        exclude: Keys,
+        allow: Keys | None,
     ) -> Retrieved: ...
+
+    async def recommend(
+        self,
+        user: Id,
+        history: History,
+        k: int,
+        context: Keys,
+        at_ms: int,
+        exclude: Keys,
+        allow: Keys | None,
+    ) -> Recommended: ...
 
     async def append(self, events: Sequence[ActionEvent]) -> list[Appended]: ...
 
@@ -89,113 +133,160 @@ class Backend(Protocol):
     async def readiness(self) -> ReadyAnswer: ...
 
 
-def create_app(config: Config, backend: Backend) -> fastapi.FastAPI:
-    """The FastAPI application of a gateway."""
+def create_app(
+    config: Config,
+    backend: Backend,
+    keys: Keyring | None = None,
+    exposures: Callable[[Listing], None] | None = None,
+) -> fastapi.FastAPI:
+    """The FastAPI application of a gateway.
+
+    Without `keys` it answers clients of this machine alone. `exposures` takes every list that is answered,
+    and must not wait.
+    """
+    keys = keys or Keyring({})
+    bearer = fastapi.security.HTTPBearer(auto_error=False, description="or the key as X-API-Key")
     app = fastapi.FastAPI(
         title="grstream",
         version=importlib.metadata.version("grstream"),
         description="A generative recommender that learns from a live stream while it serves.",
         responses={
-            status: {"model": ErrorAnswer, "description": what}
-            for status, what in {
-                400: "the body is not JSON",
-                413: "more than the configured limit",
-                422: "a field is wrong; it is named",
-                503: "a part is away, or its queue full; with Retry-After",
-            }.items()
+            status: {"model": ErrorAnswer, "description": what} for status, what in errors.WHY_NOT.items()
         },
+        dependencies=[fastapi.Security(bearer)] if keys else [],
     )
     errors.install(app)
-    gateway = _Gateway(config, backend)
+    gateway = Gateway(config, backend, exposures)
     app.post("/v1/rank", response_model=RankAnswer)(gateway.rank)
     app.post("/v1/retrieve", response_model=RetrieveAnswer)(gateway.retrieve)
+    app.post("/v1/recommend", response_model=RecommendAnswer)(gateway.recommend)
+    app.post("/v1/batch/rank", response_model=BatchAnswer[RankAnswer])(gateway.batch_rank)
+    app.post("/v1/batch/retrieve", response_model=BatchAnswer[RetrieveAnswer])(gateway.batch_retrieve)
+    app.post("/v1/batch/recommend", response_model=BatchAnswer[RecommendAnswer])(gateway.batch_recommend)
     app.post("/v1/actions", response_model=ActionsAnswer)(gateway.actions)
     app.get("/v1/users/{user_id:path}/history", response_model=HistoryAnswer)(gateway.user_history)
     app.delete("/v1/users/{user_id:path}", response_model=ForgetAnswer, status_code=202)(gateway.forget)
     app.get("/v1/model", response_model=ModelAnswer)(gateway.model)
     app.get("/healthz")(gateway.healthz)
     app.get("/readyz", response_model=ReadyAnswer)(gateway.readyz)
+    # The last one added is the outermost.
+    serving = config.serve
+    app.add_middleware(BoundedBody, max_bytes=serving.max_body_bytes, timeout_ms=serving.body_timeout_ms)
+    app.add_middleware(Access, admission=Admission(keys, serving.max_in_flight_per_key))
+    app.add_middleware(RequestLog)
     return app
 
 
-class _Gateway:
-    def __init__(self, config: Config, backend: Backend) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """The history that a request is answered from; without a position where the request brought it."""
+
+    history: History
+    position: Position | None
+    stale: bool = False
+
+
+class Gateway:
+    """The routes. `ranked`, `retrieved` and `recommended` answer one request, however it came."""
+
+    def __init__(
+        self, config: Config, backend: Backend, exposures: Callable[[Listing], None] | None = None
+    ) -> None:
         self._config = config
+        self._exposures = exposures
         self._backend = backend
-        self._schema = EventSchema(config.events)
-        self._namespaces = [feature_namespace(name) for name in config.events.features]
+        self._judge = Judge(config)
 
     async def rank(self, request: RankRequest) -> Response:
         """Score candidates for a user: the probability of each action, were the item shown now."""
-        _limit("candidates", len(request.candidates), self._config.serve.max_candidates)
-        at_ms = self._time("at_ms", request.at_ms)
-        ids = [c.item_id for c in request.candidates]
-        _no_duplicates("candidates", ids)
-        features = self._feature_keys(request.context, request.candidates)
-        async with self._patience():
-            held = await self._backend.history(request.user_id)
-            items = _keys(Namespace.ITEM, ids)
-            ranked = await self._backend.rank(request.user_id, held.history, items, features, at_ms)
-        shown = _as_given(request.ids_as_strings)
-        rows = zip(ids, ranked.probabilities.tolist(), ranked.known.tolist(), strict=True)
-        return _json(
-            RankAnswer(
-                user_id=shown(request.user_id),
-                version=ranked.version,
-                history_length=len(held.history.items),
-                position=Position(partition=held.partition, offset=held.position),
-                results=[
-                    Scored(item_id=shown(i), scores=dict(zip(ranked.actions, p, strict=True)), known=k)
-                    for i, p, k in rows
-                ],
-            )
-        )
+        return _json(await self.ranked(request))
 
     async def retrieve(self, request: RetrieveRequest) -> Response:
         """The k items nearest to a user, among all that the weights know."""
-        k = min(DEFAULT_K, self._config.serve.max_k) if request.k is None else request.k
-        _limit("k", k, self._config.serve.max_k)
-        _limit("exclude", len(request.exclude), self._config.serve.max_candidates)
-        at_ms = self._time("at_ms", request.at_ms)
-        context = self._context_keys(request.context)
-        exclude = _keys(Namespace.ITEM, request.exclude)
+        return _json(await self.retrieved(request))
+
+    async def recommend(self, request: RecommendRequest) -> Response:
+        """The k best items for a user: those nearest, ordered by the weighted sum of their probabilities."""
+        return _json(await self.recommended(request))
+
+    async def batch_rank(self, request: BatchRequest) -> Response:
+        """Many rank requests, each answered or given its own error."""
+        results = await self._batch(request, RankRequest, self.ranked)
+        return _json(BatchAnswer[RankAnswer](results=results))
+
+    async def batch_retrieve(self, request: BatchRequest) -> Response:
+        """Many retrieve requests, each answered or given its own error."""
+        results = await self._batch(request, RetrieveRequest, self.retrieved)
+        return _json(BatchAnswer[RetrieveAnswer](results=results))
+
+    async def batch_recommend(self, request: BatchRequest) -> Response:
+        """Many recommend requests, each answered or given its own error."""
+        results = await self._batch(request, RecommendRequest, self.recommended)
+        return _json(BatchAnswer[RecommendAnswer](results=results))
+
+    async def ranked(self, request: RankRequest) -> RankAnswer:
+        asked = self._judge.to_rank(request)
         async with self._patience():
-            held = await self._backend.history(request.user_id)
-            if request.exclude_history:
-                exclude = np.concatenate([exclude, held.history.items])
-            found = await self._backend.retrieve(request.user_id, held.history, k, context, at_ms, exclude)
-        shown = _as_given(request.ids_as_strings)
-        return _json(
-            RetrieveAnswer(
-                user_id=shown(request.user_id),
-                version=found.version,
-                history_length=len(held.history.items),
-                position=Position(partition=held.partition, offset=held.position),
-                results=[
-                    Found(item_id=shown(i), score=s)
-                    for i, s in zip(_ids(found.items, found.names), found.scores.tolist(), strict=True)
-                ],
+            held = await self._held(request)
+            found = await self._backend.rank(
+                request.user_id, held.history, asked.items, asked.features, asked.at_ms
             )
+        shown = _as_given(request.ids_as_strings)
+        rows = zip(asked.ids, found.probabilities.tolist(), found.known.tolist(), strict=True)
+        weights = np.array([self._config.serve.weight(action) for action in found.actions], np.float32)
+        features = [candidate.item_features for candidate in request.candidates]
+        scores = found.probabilities @ weights
+        return RankAnswer(
+            exposure_id=self._log(request, "rank", found.version, asked.ids, scores, features),
+            **self._listed(request, held, found),
+            results=[
+                Scored(item_id=shown(i), scores=dict(zip(found.actions, p, strict=True)), known=k)
+                for i, p, k in rows
+            ],
+        )
+
+    async def retrieved(self, request: RetrieveRequest) -> RetrieveAnswer:
+        found, held, shown = await self._find(request, self._backend.retrieve)
+        ids = _ids(found.items, found.names)
+        return RetrieveAnswer(
+            exposure_id=self._log(request, "retrieve", found.version, ids, found.scores),
+            **self._listed(request, held, found),
+            results=[
+                Found(item_id=shown(i), score=s) for i, s in zip(ids, found.scores.tolist(), strict=True)
+            ],
+        )
+
+    async def recommended(self, request: RecommendRequest) -> RecommendAnswer:
+        found, held, shown = await self._find(request, self._backend.recommend)
+        ids = _ids(found.items, found.names)
+        columns = (ids, found.scores.tolist(), found.probabilities.tolist())
+        return RecommendAnswer(
+            exposure_id=self._log(request, "recommend", found.version, ids, found.scores),
+            **self._listed(request, held, found),
+            results=[
+                Recommendation(item_id=shown(i), score=s, scores=dict(zip(found.actions, p, strict=True)))
+                for i, s, p in zip(*columns, strict=True)
+            ],
         )
 
     async def actions(self, request: ActionsRequest) -> Response:
         """Append events to the log. All are judged before any is sent; each answer is an acknowledgement."""
-        _limit("events", len(request.events), self._config.serve.max_events)
-        now = _now_ms()
-        events = []
-        for i, event in enumerate(request.events):
-            try:
-                events.append(self._schema.validate(event, record_time_ms=now))
-            except InvalidEvent as error:
-                field = f"events.{i}" + (f".{error.field}" if error.field else "")
-                raise Invalid(error.reason, field) from error
+        events = self._judge.events(request)
         return _json(ActionsAnswer(results=await self._backend.append(events)))
 
-    async def user_history(self, user_id: str, ids_as_strings: bool = False) -> Response:
+    async def user_history(
+        self,
+        user_id: str,
+        ids_as_strings: bool = False,
+        min_offset: Annotated[Offset | None, fastapi.Query()] = None,
+        token: Annotated[Token | None, fastapi.Query()] = None,
+    ) -> Response:
         """The events that the next scores of a user will be computed from."""
-        user = _user(user_id)
+        user = user_of(user_id)
+        if min_offset is not None and token is not None:
+            raise Invalid("give one of min_offset and token", "token")
         async with self._patience():
-            held = await self._backend.history(user)
+            held = await self._read(user, min_offset, token)
         history, shown = held.history, _as_given(ids_as_strings)
         columns = (_ids(history.items, history.item_names), history.actions.tolist(), history.times.tolist())
         return _json(
@@ -204,6 +295,7 @@ class _Gateway:
                 history_length=len(history.items),
                 epoch=history.epoch,
                 position=Position(partition=held.partition, offset=held.position),
+                stale=held.stale,
                 events=[
                     HistoryEvent(
                         item_id=shown(i), actions=action_names(a, self._config.events), timestamp_ms=t
@@ -215,7 +307,7 @@ class _Gateway:
 
     async def forget(self, user_id: str, ids_as_strings: bool = False) -> Response:
         """Forget a user: a tombstone in the log, which everything that holds histories carries out."""
-        user = _user(user_id)
+        user = user_of(user_id)
         placed = await self._backend.forget(user)
         shown = _as_given(ids_as_strings)
         answer = ForgetAnswer(user_id=shown(user), partition=placed.partition, offset=placed.offset)
@@ -230,7 +322,7 @@ class _Gateway:
                 version=manifest.number,
                 step=manifest.step,
                 created_ms=manifest.created_ms,
-                age_ms=max(0, _now_ms() - manifest.created_ms),
+                age_ms=max(0, now_ms() - manifest.created_ms),
                 newest_event_ms=manifest.newest_event_ms,
                 positions=manifest.positions,
                 actions=manifest.recipe.actions,
@@ -258,71 +350,115 @@ class _Gateway:
                 yield
         except TimeoutError as error:
             raise Unavailable("timeout", f"no answer within {limit_ms} ms") from error
+        except TailBehind as error:
+            raise NotYet(str(error)) from error
+        except EngineStopped as error:
+            raise Unavailable("scorer_unavailable", str(error)) from error
         except EngineNotReady as error:
             raise Unavailable("not_ready", str(error)) from error
         except (WrongFeatures, NonFiniteScores) as error:
             raise Refusal(500, "unusable_weights", str(error)) from error
 
-    def _time(self, field: str, given: int | None) -> int:
-        now = _now_ms()
-        limit = self._config.events.max_future_ms
-        if given is not None and given > now + limit:
-            raise Invalid(f"{given - now} ms ahead of the clock; at most {limit} is allowed", field)
-        return now if given is None else given
+    async def _find(
+        self,
+        request: RetrieveRequest,
+        find: Callable[[Id, History, int, Keys, int, Keys, Keys | None], Awaitable[F]],
+    ) -> tuple[F, _Held, Callable[[Id], Id]]:
+        """What a backend's retrieve or recommend makes of a request, and the history that it was given."""
+        asked = self._judge.to_find(request)
+        async with self._patience():
+            held = await self._held(request)
+            exclude = asked.exclude
+            if request.exclude_history:
+                exclude = np.concatenate([exclude, held.history.items])
+            found = await find(
+                request.user_id, held.history, asked.k, asked.context, asked.at_ms, exclude, asked.allow
+            )
+        return found, held, _as_given(request.ids_as_strings)
 
-    def _feature_keys(self, context: dict[str, Id], candidates: Sequence[Candidate]) -> Keys:
-        """(C, F): the request's context for each candidate, and each candidate's own features."""
-        config = self._config.events
-        out = np.full((len(candidates), len(config.features)), ABSENT, np.int64)
-        out[:, : len(config.context)] = self._context_keys(context)
-        for row, candidate in enumerate(candidates):
-            if candidate.item_features:
-                field = f"candidates.{row}.item_features"
-                self._known_names(field, candidate.item_features, config.item_features)
-                for column, name in enumerate(config.item_features, start=len(config.context)):
-                    if name in candidate.item_features:
-                        out[row, column] = key_of(self._namespaces[column], candidate.item_features[name])
-        return out
+    async def _held(self, request: ForUser) -> _Held:
+        """The history to answer a request from."""
+        brought = self._judge.history(request)
+        if brought is not None:
+            return _Held(brought, None)
+        held = await self._read(request.user_id, request.min_offset, request.token)
+        position = Position(partition=held.partition, offset=held.position)
+        return _Held(held.history, position, held.stale)
 
-    def _context_keys(self, context: dict[str, Id]) -> Keys:
-        """The request's context in the columns of training: (C,)."""
-        names = self._config.events.context
-        self._known_names("context", context, names)
-        keys = [
-            key_of(namespace, context[name]) if name in context else ABSENT
-            for namespace, name in zip(self._namespaces, names, strict=False)  # context comes first
-        ]
-        return np.array(keys, np.int64)
+    async def _read(self, user: Id, min_offset: int | None, token: str | None) -> UserHistory:
+        if token is not None:
+            min_offset = offset_of(token, await self._backend.partition(user))
+        return await self._backend.history(user, min_offset)
 
-    def _known_names(self, field: str, given: dict[str, Id], names: list[str]) -> None:
-        unknown = given.keys() - set(names)
-        if unknown and self._config.events.unknown_fields == "reject":
-            allowed = ", ".join(names) or "none is configured"
-            raise Invalid(f"unknown feature; allowed: {allowed}", f"{field}.{min(unknown)}")
+    def _listed(
+        self, request: ForUser, held: _Held, found: Ranked | Retrieved | Recommended
+    ) -> dict[str, Any]:
+        """The fields that every list of items has."""
+        events, explain = len(held.history.items), None
+        if request.explain:
+            explain = Explain(
+                reuse=found.reuse,
+                tokens=None if found.encoded is None else found.encoded.tokens,
+                cached_tokens=None if found.encoded is None else found.encoded.cached,
+                epoch=held.history.epoch,
+                events=events,
+                version=found.version,
+                position=held.position,
+            )
+        return {
+            "user_id": _as_given(request.ids_as_strings)(request.user_id),
+            "version": found.version,
+            "history_length": events,
+            "history_source": "request" if held.position is None else "log",
+            "position": held.position,
+            "stale": held.stale,
+            "explain": explain,
+        }
+
+    def _log(
+        self,
+        request: ForUser,
+        by: str,
+        version: int,
+        ids: list[Id],
+        scores: npt.NDArray[np.float32],
+        item_features: Sequence[dict[str, Id]] = (),
+    ) -> str | None:
+        """Have a list logged, where lists are; its exposure id."""
+        if self._exposures is None:
+            return None
+        exposure_id = uuid.uuid4().hex
+        at_ms, user, context = now_ms(), request.user_id, request.context
+        self._exposures(Listing(exposure_id, by, version, at_ms, user, context, ids, scores, item_features))
+        return exposure_id
+
+    async def _batch(
+        self, batch: BatchRequest, model: type[R], answer: Callable[[R], Awaitable[A]]
+    ) -> list[BatchElement[A]]:
+        """Answers to requests beside each other, in their order."""
+        limit("requests", len(batch.requests), self._config.serve.max_batch)
+
+        async def one(given: dict[str, Any]) -> A:
+            try:
+                request = model.model_validate(given)
+            except pydantic.ValidationError as error:
+                raise Invalid(*errors.invalid_fields(error)) from error
+            return await answer(request)
+
+        outcomes = await asyncio.gather(*(one(r) for r in batch.requests), return_exceptions=True)
+        return [_element(outcome) for outcome in outcomes]
 
 
-def _limit(field: str, count: int, limit: int) -> None:
-    if count > limit:
-        raise Refusal(413, "too_many", f"{field}: {count}, more than the configured limit of {limit}", field)
-
-
-def _no_duplicates(field: str, ids: Sequence[Id]) -> None:
-    if len(set(ids)) == len(ids):
-        return
-    first: dict[Id, int] = {}
-    for i, item in enumerate(ids):
-        if item in first:
-            raise Invalid(f"item {item!r} is given twice, first at {field}.{first[item]}", f"{field}.{i}")
-        first[item] = i
-
-
-def _keys(namespace: int, ids: Sequence[Id]) -> Keys:
-    """Keys of canonical ids: (n,)."""
-    out = np.empty(len(ids), np.int64)
-    strings = np.array([isinstance(i, str) for i in ids], np.bool_)
-    out[~strings] = keys_of_ints(namespace, np.array([i for i in ids if isinstance(i, int)], np.int64))
-    out[strings] = keys_of_strings(namespace, [i for i in ids if isinstance(i, str)])
-    return out
+def _element(outcome: A | BaseException) -> BatchElement[A]:
+    """What became of one request of a batch: errors are its own, bugs too."""
+    if not isinstance(outcome, BaseException):
+        return BatchElement(status=200, answer=outcome)
+    if isinstance(outcome, Refusal):
+        return BatchElement(status=outcome.status, error=outcome.problem)
+    if not isinstance(outcome, Exception):
+        raise outcome
+    logger.error("a request of a batch", exc_info=outcome)
+    return BatchElement(status=500, error=errors.bug(outcome).problem)
 
 
 def _ids(keys: Keys, names: dict[int, str]) -> list[Id]:
@@ -331,22 +467,12 @@ def _ids(keys: Keys, names: dict[int, str]) -> list[Id]:
     return [names.get(key, value) for key, value in zip(keys.tolist(), ints, strict=True)]
 
 
-def _as_given(as_strings: bool) -> Any:
+def _as_given(as_strings: bool) -> Callable[[Id], Id]:
     return str if as_strings else (lambda value: value)
-
-
-def _user(user_id: str) -> Id:
-    """The user that a path names."""
-    try:
-        return canonical_id(user_id)
-    except ValueError as error:
-        raise Invalid(str(error), "user_id") from error
 
 
 def _json(answer: pydantic.BaseModel, status: int = 200) -> Response:
     """Serialised once: FastAPI would validate and copy the model again."""
-    return Response(answer.model_dump_json(), status, media_type="application/json")
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+    version = getattr(answer, "version", None)
+    headers = None if version is None else {VERSION_HEADER: str(version)}
+    return Response(answer.model_dump_json(), status, headers, media_type="application/json")

@@ -12,15 +12,9 @@ from serve.gateway import UserHistory
 _OBJECTS_BYTES = 1_000  # of an entry's Python objects and array headers
 
 
-@dataclasses.dataclass(frozen=True)
-class StaleHistory(UserHistory):
+def stale(seen: UserHistory) -> UserHistory:
     """A history as it was when last seen, with the position as of then: newer events may be missing."""
-
-    stale: bool = True
-
-    @classmethod
-    def of(cls, seen: UserHistory) -> "StaleHistory":
-        return cls(seen.history, seen.partition, seen.position)
+    return dataclasses.replace(seen, stale=True)
 
 
 class LastSeen:

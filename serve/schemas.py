@@ -1,26 +1,48 @@
-"""What requests and answers look like over HTTP; OpenAPI is made from these.
+"""What requests look like over HTTP; OpenAPI is made from these and from the answers of `grstream.api`.
 
 Ids come as integers or strings and go back in their canonical form; with `ids_as_strings` all ids of an
 answer are strings, so that those above 2^53 survive a JavaScript client. A field not listed is refused.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import pydantic
 
+from grstream.api import place_of
 from grstream.config import EventsConfig
 from grstream.events import Features, WireId
 from grstream.keys import INT64_MAX, Id
 
 Timestamp = Annotated[int, pydantic.Field(ge=0, le=INT64_MAX, description="milliseconds since 1970")]
+Offset = Annotated[
+    int, pydantic.Field(ge=0, le=INT64_MAX, description="of an event that the history has to include")
+]
+
+
+def _token(value: str) -> str:
+    place_of(value)
+    return value
+
+
+Token = Annotated[
+    str,
+    pydantic.Field(max_length=64, description="of an event that the history has to include"),
+    pydantic.AfterValidator(_token),
+]
 
 
 class _Request(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-class _Answer(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid")
+class PastEvent(_Request):
+    """An event of a history that a request brings: an ActionEvent of the request's user."""
+
+    item_id: WireId
+    actions: list[str] = pydantic.Field(description="configured names, each once; none: only shown")
+    timestamp_ms: Timestamp
+    context: Features = {}
+    item_features: Features = {}
 
 
 class Candidate(_Request):
@@ -35,149 +57,65 @@ def _candidate(value: Any) -> Any:
     return value if isinstance(value, dict | Candidate) else {"item_id": value}
 
 
-class RankRequest(_Request):
-    """Which of these would the user act upon, shown now? An item may be given once."""
+class ForUser(_Request):
+    """What every request for a user's scores may say."""
 
     user_id: WireId
+    context: Features = pydantic.Field({}, description="categorical features of the moment")
+    at_ms: Timestamp | None = pydantic.Field(None, description="when they are shown; default: now")
+    history: list[PastEvent] | None = pydantic.Field(
+        None,
+        description="what the user did, in the order of the log, instead of the history that is held; "
+        "placed, if late too, and cut as that one is",
+    )
+    min_offset: Offset | None = None
+    token: Token | None = None
+    explain: bool = pydantic.Field(False, description="say how the answer came about")
+    ids_as_strings: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _one_way_to_say_which_history(self) -> Self:
+        if sum(given is not None for given in (self.history, self.min_offset, self.token)) > 1:
+            raise ValueError("give one of history, min_offset and token")
+        return self
+
+
+class RankRequest(ForUser):
+    """Which of these would the user act upon, shown now? An item may be given once."""
+
     candidates: Annotated[
         list[
             Annotated[Candidate, pydantic.BeforeValidator(_candidate, json_schema_input_type=Id | Candidate)]
         ],
         pydantic.Field(min_length=1, description="ids, or objects with item_id and item_features"),
     ]
-    context: Features = pydantic.Field({}, description="categorical features of the moment")
-    at_ms: Timestamp | None = pydantic.Field(None, description="when they are shown; default: now")
-    ids_as_strings: bool = False
 
 
-class RetrieveRequest(_Request):
+class RetrieveRequest(ForUser):
     """Which items, of all known ones, are nearest to the user?"""
 
-    user_id: WireId
     k: int | None = pydantic.Field(None, ge=1, description="default: 100, or the configured limit if lower")
-    context: Features = pydantic.Field({}, description="categorical features of the moment")
-    at_ms: Timestamp | None = pydantic.Field(None, description="when they are shown; default: now")
     exclude: list[WireId] = pydantic.Field([], description="items not to answer")
     exclude_history: bool = pydantic.Field(False, description="nor those in the user's history")
-    ids_as_strings: bool = False
+    allow: list[WireId] | None = pydantic.Field(None, description="no items but these; default: all")
+
+
+class RecommendRequest(RetrieveRequest):
+    """Which items, of those nearest to the user, would the user act upon most, by the configured weights?"""
+
+
+class BatchRequest(_Request):
+    """Requests of one kind, answered beside each other."""
+
+    requests: list[dict[str, Any]] = pydantic.Field(
+        min_length=1, description="each as it would be sent alone; a wrong one spoils no other"
+    )
 
 
 class ActionsRequest(_Request):
     """Events to be appended to the log, in this order; each is judged by the event schema."""
 
     events: list[dict[str, Any]] = pydantic.Field(min_length=1)
-
-
-class Position(_Answer):
-    """How far the history shard that answered has read the user's partition."""
-
-    partition: int
-    offset: int = pydantic.Field(description="the next offset it will read: all before it are in the history")
-
-
-class Scored(_Answer):
-    item_id: Id
-    scores: dict[str, float] = pydantic.Field(description="probability of each configured action")
-    known: bool = pydantic.Field(description="false: the weights have not learned from this item")
-
-
-class RankAnswer(_Answer):
-    user_id: Id
-    version: int = pydantic.Field(description="the weights version that gave all of these scores")
-    history_length: int = pydantic.Field(description="events the scores have seen; 0: a cold start")
-    position: Position
-    results: list[Scored] = pydantic.Field(description="in the order of the candidates")
-
-
-class Found(_Answer):
-    item_id: Id
-    score: float
-
-
-class RetrieveAnswer(_Answer):
-    user_id: Id
-    version: int
-    history_length: int
-    position: Position
-    results: list[Found] = pydantic.Field(description="best first")
-
-
-class Appended(_Answer):
-    """Where one event stands in the log: it is durable there, and will be read in this order."""
-
-    partition: int
-    offset: int
-
-
-class ActionsAnswer(_Answer):
-    results: list[Appended] = pydantic.Field(description="in the order of the events")
-
-
-class ForgetAnswer(_Answer):
-    """Where a user's tombstone stands: a history as of a later position does not go back behind it."""
-
-    user_id: Id
-    partition: int
-    offset: int
-
-
-class HistoryEvent(_Answer):
-    item_id: Id
-    actions: list[str]
-    timestamp_ms: int
-
-
-class HistoryAnswer(_Answer):
-    user_id: Id
-    history_length: int
-    epoch: int = pydantic.Field(description="one more whenever the window drops its oldest chunk")
-    position: Position
-    events: list[HistoryEvent] = pydantic.Field(description="oldest first")
-
-
-class ModelAnswer(_Answer):
-    version: int
-    step: int
-    created_ms: int
-    age_ms: int = pydantic.Field(description="since the version was published")
-    newest_event_ms: int = pydantic.Field(description="time of the newest event it has learned from")
-    positions: dict[int, list[tuple[int, int]]] = pydantic.Field(
-        description="partition -> offsets it has learned from, as [start, stop) ranges"
-    )
-    actions: list[str]
-
-
-class ShardState(_Answer):
-    """How a history shard stands to the log."""
-
-    connected: bool
-    caught_up: bool = pydantic.Field(description="it has been at the end of the log since it started")
-    positions: dict[int, int] = pydantic.Field(description="partition -> next offset it will read")
-    lag: int | None = pydantic.Field(description="events it has not read yet; null: not known")
-    gaps: int = pydantic.Field(description="offsets the log no longer had when they were due")
-
-
-class ReadyAnswer(_Answer):
-    ready: bool
-    reason: str | None = pydantic.Field(None, description="what is being waited for")
-    version: int | None
-    shards: list[ShardState]
-
-
-class Problem(_Answer):
-    """Why a request was not answered."""
-
-    type: str
-    message: str
-    field: str | None = pydantic.Field(None, description="dotted path of the wrong field")
-    acknowledged: list[Appended | None] | None = pydantic.Field(
-        None,
-        description="of an actions request that failed midway: which events are in the log, null: unknown",
-    )
-
-
-class ErrorAnswer(_Answer):
-    error: Problem
 
 
 def action_names(mask: int, config: EventsConfig) -> list[str]:

@@ -17,7 +17,11 @@ from serve.follower import WeightsFollower
 
 
 class Scorer:
-    """One replica. Its engine, in a thread of its own, holds at most `queue` requests."""
+    """One replica. Its engine, in a thread of its own, holds at most `queue` requests.
+
+    It is made once the newest version is loaded and the machine measured with it, so that Serve sends
+    requests to none that is cold; where no version was published yet it answers EngineNotReady.
+    """
 
     def __init__(self, config: Config) -> None:
         # Torch takes seconds to import: replicas pay for it, not whoever builds the application.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import kafka
 import kafka.errors
 
+from grstream.api import Appended
 from grstream.config import Config
 from grstream.events import ActionEvent
 from grstream.kafka import (
@@ -20,7 +21,6 @@ from grstream.kafka import (
 )
 from grstream.keys import Id, partition_key
 from serve.errors import Refusal, Unavailable
-from serve.schemas import Appended
 
 logger = logging.getLogger(__name__)
 

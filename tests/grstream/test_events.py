@@ -187,6 +187,8 @@ def test_an_event_survives_its_own_json() -> None:
 
 def test_an_exposure_id_is_an_unknown_field_unless_exposures_are_joined() -> None:
     value = wire(GOOD | {"exposure_id": "x", "actions": []})
+    [refused] = decode([wire(GOOD | {"served": {"version": 1}})]).rejected
+    assert (refused.field, "events.exposures" in refused.reason) == ("served", True)
     [refused] = decode([value]).rejected
     assert (refused.field, "events.exposures" in refused.reason) == ("exposure_id", True)
     for odd in ("x", 5, [1]):
@@ -199,6 +201,24 @@ def test_an_exposure_id_is_an_unknown_field_unless_exposures_are_joined() -> Non
     assert shown == resent == label != of_other
     assert plain == ABSENT
     assert batch.event_keys.tolist() == [shown, shown, ABSENT, ABSENT, ABSENT]  # shown once, labelled often
+
+
+def test_what_served_an_impression_is_judged_and_goes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = CONFIG.model_copy(update={"exposures": ExposuresConfig()})
+    served = {"by": "rank", "version": 4, "arm": "b", "score": 0.25, "rank": 0}
+    shown = GOOD | {"exposure_id": "x", "actions": []}
+    good = [
+        wire(shown | {"served": served}),
+        wire(shown | {"served": {}}),
+        wire(shown | {"served": None}),
+    ] * 40
+    for field, wrong in [("score", "1"), ("version", 1.5), ("by", 1), ("arm", []), ("rank", True)]:
+        bad = wire(shown | {"served": served | {field: wrong}})
+        decoded = decode([*good, bad, *good], joined)
+        assert [(r.offset, r.field) for r in decoded.rejected] == [(220, f"served.{field}")]
+        assert len(decoded.batch) == 240
+    monkeypatch.setattr(EventSchema, "validate", lambda *_: pytest.fail("it was judged alone"))
+    assert len(decode(list(good), joined).batch) == 120
 
 
 ids = st.one_of(
@@ -218,6 +238,18 @@ events = st.fixed_dictionaries(
     optional={
         "event_id": st.one_of(st.none(), st.text(min_size=1, max_size=6)),
         "exposure_id": st.one_of(st.none(), st.text(min_size=1, max_size=6)),
+        "served": st.one_of(
+            st.none(),
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "by": st.one_of(st.none(), st.text(max_size=3)),
+                    "version": st.one_of(st.none(), st.integers(0, 2**63)),
+                    "score": st.one_of(st.none(), st.integers(), st.floats()),
+                    "rank": st.integers(),
+                },
+            ),
+        ),
         "context": st.one_of(
             st.none(),
             st.fixed_dictionaries({}, optional={"country": ids, "lang": st.one_of(st.none(), ids)}),
@@ -230,7 +262,9 @@ spoilt = st.builds(
     lambda event, field, value: event | {field: value},
     events,
     st.sampled_from([*ActionEvent.model_fields, "debug"]),
-    st.one_of(odd, st.dictionaries(st.sampled_from(["lang", "genre", "x"]), odd), st.lists(odd)),
+    st.one_of(
+        odd, st.dictionaries(st.sampled_from(["lang", "genre", "score", "arm", "x"]), odd), st.lists(odd)
+    ),
 )
 dumped = st.builds(
     lambda event, ascii_only, spaces: json.dumps(

@@ -1,5 +1,6 @@
 import concurrent.futures
 import contextlib
+import json
 import os
 import pathlib
 import signal
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pytest
@@ -23,8 +25,9 @@ from grstream.keys import Namespace, keys_of_ints
 from grstream.model import HSTU
 from grstream.weight_store import WeightStore
 from grstream.weights import Recipe, Weights
-from serve import proxy
+from serve import proxy, rank_pb2
 from serve.app import WrongPackage, require_own
+from serve.rpc import SERVICE
 
 PATIENCE_S = 60.0
 ACTIONS = ["click", "like"]
@@ -44,6 +47,7 @@ class Application:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.grpc_port = free_port()
         self.store = WeightStore(config.storage / "weights")
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{config.serve.port}", timeout=30)
 
@@ -122,7 +126,14 @@ def application(broker_process: Any, tmp_path_factory: pytest.TempPathFactory) -
         os.environ[proxy.CALLBACK_VARIABLE] = proxy.CALLBACK
         ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         try:
-            serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
+            serve.start(
+                http_options={"host": config.serve.host, "port": config.serve.port},
+                grpc_options={
+                    "port": made.grpc_port,
+                    "grpc_servicer_functions": ["serve.rpc:add_ranking"],
+                    "enable_reflection": False,
+                },
+            )
             serve.run(build(Arguments(config=str(path))))
             yield made
         finally:
@@ -188,6 +199,43 @@ def test_an_action_posted_is_in_the_next_scores(application: Application) -> Non
     assert [e["item_id"] for e in history["events"]] == [3, 4, 5]
     found = application.client.post("/v1/retrieve", json={"user_id": 7, "k": 3, "exclude_history": True})
     assert len(found.json()["results"]) == 3
+
+
+@pytest.mark.ray_cluster
+def test_grpc_gives_the_scores_of_http_and_a_refusal_comes_through_the_proxy(
+    application: Application,
+) -> None:
+    scores = [r["scores"] for r in application.rank(user=7)["results"]]
+    with grpc.insecure_channel(f"127.0.0.1:{application.grpc_port}") as channel:
+        rank = channel.unary_unary(
+            f"/{SERVICE}/Rank",
+            request_serializer=rank_pb2.RankRequest.SerializeToString,
+            response_deserializer=rank_pb2.RankAnswer.FromString,
+        )
+        candidates = [rank_pb2.Candidate(item_id=str(i)) for i in range(95, 105)]
+        answer = rank(rank_pb2.RankRequest(user_id="7", candidates=candidates), timeout=30)
+        for row, expected in zip(answer.results, scores, strict=True):
+            assert dict(zip(answer.actions, row.probabilities, strict=True)) == pytest.approx(expected)
+        with pytest.raises(grpc.RpcError) as caught:
+            rank(rank_pb2.RankRequest(user_id="7"), timeout=30)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert json.loads(caught.value.details())["error"]["field"] == "candidates"
+
+
+@pytest.mark.ray_cluster
+def test_what_bounds_a_request_does_so_behind_the_proxy(application: Application) -> None:
+    answer = application.client.post("/v1/rank", content=b" " * 10_000_000, headers={"X-Request-Id": "big"})
+    assert answer.status_code == 413
+    assert answer.json()["error"]["type"] == "body_too_large"
+    assert answer.headers["X-Request-Id"] == answer.json()["error"]["request_id"]
+    batch = {"requests": [{"user_id": u, "candidates": [95]} for u in range(3)] + [{"user_id": 1}]}
+
+    def statuses() -> list[int]:
+        elements = application.client.post("/v1/batch/rank", json=batch).json()["results"]
+        return [e["status"] for e in elements]
+
+    # The replicas take on the first version one after the other, each once it has measured its machine.
+    eventually(lambda: statuses() == [200, 200, 200, 422])
 
 
 @pytest.mark.ray_cluster

@@ -12,7 +12,6 @@ from grstream.tail import TailBehind, TailNotReady, TailStatus
 from serve.backend import RayBackend, _reaching
 from serve.errors import OtherSchema, QueueFull, Unavailable
 from serve.gateway import UserHistory
-from serve.last_seen import StaleHistory
 from tests.serve.test_last_seen import seen
 
 
@@ -83,9 +82,9 @@ def test_the_last_history_seen_answers_for_a_shard_that_is_away_and_says_so() ->
         for error, hangs in ((TailNotReady("reading"), False), (None, True)):
             shard.error, shard.hangs, shard.position = error, hangs, 9
             held = await cached.history(7)
-            assert isinstance(held, StaleHistory)
+            assert held.stale
             assert (held.stale, held.position) == (True, 1)
-            assert isinstance(await cached.history(7, 0), StaleHistory)
+            assert (await cached.history(7, 0)).stale
         shard.hangs, shard.error = False, TailNotReady("reading")
         for user, offset in ((8, None), (7, 1)):  # never seen, and not as far as was asked
             with pytest.raises(Unavailable):

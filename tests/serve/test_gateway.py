@@ -1,116 +1,25 @@
 import asyncio
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
 
-from grstream.config import ModelConfig, parse
-from grstream.events import ActionEvent
-from grstream.histories import History
-from grstream.keys import ABSENT, Id, Keys, Namespace, feature_namespace, ints_of_keys, key_of
-from grstream.scores import EngineNotReady, NonFiniteScores, Ranked, Retrieved, Reuse
-from grstream.weights import Manifest, Recipe
+from grstream.api import Appended, place_of, token_of
+from grstream.config import ConfigError, parse
+from grstream.events import EventDecoder
+from grstream.histories import RollingHistories
+from grstream.keys import ABSENT, Namespace, feature_namespace, key_of
+from grstream.scores import DeadlineExceeded, EngineNotReady, EngineStopped, NonFiniteScores
+from grstream.tail import TailBehind
 from serve.errors import Unavailable
-from serve.gateway import UserHistory, create_app
-from serve.schemas import Appended, ReadyAnswer
-
-CONFIG = parse(
-    {
-        "storage": "unused",
-        "events": {
-            "actions": ["click", "like"],
-            "context": ["place"],
-            "item_features": ["genre"],
-            "max_future_ms": 1000,
-        },
-        "serve": {"max_candidates": 100, "max_events": 5, "max_k": 50, "request_timeout_ms": 200},
-    }
-)
-
-
-def history(events: Sequence[tuple[Id, int, int]] = ()) -> History:
-    return History(
-        items=np.array([key_of(Namespace.ITEM, e[0]) for e in events], np.int64),
-        actions=np.array([e[1] for e in events], np.int32),
-        times=np.array([e[2] for e in events], np.int64),
-        features=np.full((len(events), 2), ABSENT, np.int64),
-        epoch=0,
-        appended=len(events),
-        item_names={key_of(Namespace.ITEM, e[0]): e[0] for e in events if isinstance(e[0], str)},
-    )
-
-
-class FakeBackend:
-    """Scores a candidate by its id; keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.histories: dict[Id, History] = {"eve": history([(5, 1, 10), ("a/b", 2, 20), (-3, 3, 30)])}
-        self.sent: list[ActionEvent] = []
-        self.forgotten: list[Id] = []
-        self.features: Keys | None = None
-        self.at_ms = -1
-        self.exclude: Keys | None = None
-        self.context: Keys | None = None
-        self.actions: tuple[str, ...] = ("click", "like")
-        self.broken: Callable[[], Any] | None = None
-
-    async def history(self, user: Id) -> UserHistory:
-        if self.broken:
-            await self.broken()
-        return UserHistory(self.histories.get(user, history()), partition=3, position=77)
-
-    async def rank(self, user: Id, history: History, items: Keys, features: Keys, at_ms: int) -> Ranked:
-        self.features, self.at_ms = features, at_ms
-        ids = ints_of_keys(Namespace.ITEM, items)
-        columns = [ids / 1000, 1 - ids / 1000, ids * 0 + 0.25][: len(self.actions)]
-        scores = np.stack(columns, axis=1).astype(np.float32)
-        return Ranked(scores, ids < 10, version=4, reuse=Reuse.MISS, actions=self.actions)
-
-    async def retrieve(
-        self, user: Id, history: History, k: int, context: Keys, at_ms: int, exclude: Keys
-    ) -> Retrieved:
-        self.exclude, self.context, self.at_ms = exclude, context, at_ms
-        items = np.array([key_of(Namespace.ITEM, i) for i in ("a/b", 2**60)][:k])
-        names = {key_of(Namespace.ITEM, "a/b"): "a/b"}
-        return Retrieved(items, names, np.array([2.0, 1.0], np.float32)[:k], version=4, reuse=Reuse.HIT)
-
-    async def append(self, events: Sequence[ActionEvent]) -> list[Appended]:
-        if self.broken:
-            await self.broken()
-        self.sent += events
-        return [Appended(partition=1, offset=i) for i in range(len(events))]
-
-    async def forget(self, user: Id) -> Appended:
-        if self.broken:
-            await self.broken()
-        self.forgotten.append(user)
-        return Appended(partition=2, offset=9)
-
-    async def manifest(self) -> Manifest:
-        if self.broken:
-            await self.broken()
-        recipe = Recipe(model=ModelConfig(), actions=["click", "like"], features=[], vocabulary_seed=0)
-        return Manifest(
-            number=4,
-            step=9,
-            created_ms=time.time_ns() // 1_000_000 - 5000,
-            positions={0: [(0, 10)], 1: [(0, 3), (5, 6)]},
-            newest_event_ms=123,
-            recipe=recipe,
-            files={},
-        )
-
-    async def readiness(self) -> ReadyAnswer:
-        if self.broken:
-            return ReadyAnswer(
-                ready=False, reason="no weights version is loaded yet", version=None, shards=[]
-            )
-        return ReadyAnswer(ready=True, version=4, shards=[])
+from serve.gateway import create_app
+from tests.serve.fake import CONFIG, FakeBackend, history
 
 
 @pytest.fixture
@@ -307,7 +216,9 @@ def test_retrieval_leaves_out_what_it_is_asked_to(client: TestClient, backend: F
 
 def test_posted_events_are_acknowledged_one_by_one(client: TestClient, backend: FakeBackend) -> None:
     answer = client.post(ACTIONS, json={"events": [event(), event(user_id="x", context={"place": 3})]})
-    assert answer.json() == {"results": [{"partition": 1, "offset": 0}, {"partition": 1, "offset": 1}]}
+    results = answer.json()["results"]
+    assert [(r["partition"], r["offset"]) for r in results] == [(1, 0), (1, 1)]
+    assert [place_of(r["token"]) for r in results] == [(1, 0), (1, 1)]
     assert [e.user_id for e in backend.sent] == [1, "x"]
 
 
@@ -379,6 +290,8 @@ async def hang() -> None:
     [
         (raising(Unavailable("scorer_unavailable", "died")), 503, "scorer_unavailable"),
         (raising(EngineNotReady("no weights")), 503, "not_ready"),
+        (raising(EngineStopped("ended")), 503, "scorer_unavailable"),
+        (raising(DeadlineExceeded("late")), 503, "timeout"),
         (hang, 503, "timeout"),
         (raising(NonFiniteScores("nan")), 500, "unusable_weights"),
         (raising(KeyError("a bug")), 500, "internal"),
@@ -405,7 +318,8 @@ def test_a_failed_post_says_which_events_are_in_the_log(client: TestClient, back
     answer = client.post(ACTIONS, json={"events": [event(), event()]})
     assert answer.status_code == 503
     assert answer.headers["Retry-After"] == "1"
-    assert error_of(answer)["acknowledged"] == [{"partition": 0, "offset": 8}, None]
+    acknowledged = error_of(answer)["acknowledged"]
+    assert acknowledged == [{"partition": 0, "offset": 8, "token": token_of(0, 8)}, None]
 
 
 def test_a_server_that_is_not_ready_says_what_it_waits_for(client: TestClient, backend: FakeBackend) -> None:
@@ -414,3 +328,220 @@ def test_a_server_that_is_not_ready_says_what_it_waits_for(client: TestClient, b
     assert answer.status_code == 503
     assert "weights" in error_of(answer)["message"]
     assert client.get("/healthz").status_code == 200
+
+
+RECOMMEND, BATCH = "/v1/recommend", "/v1/batch/"
+
+
+def test_recommendations_are_ordered_by_the_weighted_sum_and_tell_each_probability(
+    client: TestClient, backend: FakeBackend
+) -> None:
+    body = {"user_id": "eve", "k": 2, "exclude": [9], "exclude_history": True, "allow": [7, "a/b"]}
+    answer = client.post(RECOMMEND, json=body | {"context": {"place": 9}, "at_ms": 66}).json()
+    assert answer["results"] == [
+        {"item_id": "a/b", "score": 1.25, "scores": {"click": 0.5, "like": 0.75}},
+        {"item_id": 2**60, "score": 0.375, "scores": {"click": 0.25, "like": 0.125}},
+    ]
+    assert answer["version"] == 4
+    assert backend.allow is not None
+    assert backend.exclude is not None
+    assert backend.allow.tolist() == [key_of(Namespace.ITEM, i) for i in (7, "a/b")]
+    assert backend.exclude.tolist() == [key_of(Namespace.ITEM, i) for i in (9, 5, "a/b", -3)]
+    assert backend.at_ms == 66
+    assert client.post(RETRIEVE, json={"user_id": "eve"}).status_code == 200
+    assert backend.allow is None
+
+
+def test_weights_of_actions_that_are_not_configured_are_refused() -> None:
+    given = {"storage": "x", "events": {"actions": ["click", "like"]}}
+    config = parse(given | {"serve": {"recommend_weights": {"like": -2.5}}})
+    assert [config.serve.weight(a) for a in ("click", "like")] == [1.0, -2.5]
+    with pytest.raises(ConfigError, match=r"serve.recommend_weights names buy"):
+        parse(given | {"serve": {"recommend_weights": {"buy": 1}}})
+
+
+past_events = st.lists(
+    st.fixed_dictionaries(
+        {
+            "item_id": st.integers(-5, 5) | st.sampled_from(["a", "b/c"]),
+            "actions": st.lists(st.sampled_from(["click", "like"]), unique=True),
+            "timestamp_ms": st.integers(0, 1000),
+        },
+        optional={
+            "context": st.fixed_dictionaries({"place": st.integers(0, 3)}),
+            "item_features": st.fixed_dictionaries({"genre": st.sampled_from(["noir", "x"])}),
+        },
+    ),
+    max_size=30,
+)
+TIGHT = CONFIG.model_copy(
+    update={
+        "histories": CONFIG.histories.model_copy(update={"window": 7, "chunk": 3, "lateness_ms": 200}),
+        "serve": CONFIG.serve.model_copy(update={"max_history": 30}),
+    }
+)
+TIGHT_BACKEND = FakeBackend()
+TIGHT_CLIENT = TestClient(create_app(TIGHT, TIGHT_BACKEND), raise_server_exceptions=False)
+
+
+@given(past_events)
+def test_a_history_that_a_request_brings_is_what_the_log_would_have_made_of_it(events: list[Any]) -> None:
+    TIGHT_BACKEND.asked.clear()
+    client = TIGHT_CLIENT
+    body = {"user_id": "eve", "history": events, "explain": True}
+    answers = [
+        client.post(RANK, json=body | {"candidates": [1]}),
+        client.post(RETRIEVE, json=body),
+        client.post(RECOMMEND, json=body),
+    ]
+    log = [json.dumps({"user_id": "eve", **e}).encode() for e in events]
+    decoded = EventDecoder(TIGHT.events).decode(0, range(len(log)), log, [-1] * len(log))
+    histories = RollingHistories(TIGHT.histories, features=2)
+    histories.append(decoded.batch)
+    expected = histories.history(key_of(Namespace.USER, "eve"))
+    for answer, asked in zip(answers, TIGHT_BACKEND.asked, strict=True):
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        assert told["history_length"] == len(expected.items)
+        assert told["position"] is None
+        assert told["history_source"] == "request"
+        assert told["explain"]["position"] is None
+        assert told["explain"]["epoch"] == expected.epoch
+        for column in ("items", "actions", "times", "features"):
+            assert np.array_equal(getattr(asked, column), getattr(expected, column)), column
+
+
+@pytest.mark.parametrize(
+    ("past", "field", "word"),
+    [
+        ({"actions": ["buy"]}, "history.1.actions", "click, like"),
+        ({"timestamp_ms": FAR}, "history.1.timestamp_ms", "ahead"),
+        ({"timestamp_ms": -1}, "history.1.timestamp_ms", "0"),
+        ({"context": {"colour": 1}}, "history.1.context.colour", "place"),
+        ({"item_id": 1.5}, "history.1.item_id", "float"),
+        ({"user_id": 3}, "history.1.user_id", "not permitted"),
+    ],
+)
+def test_a_wrong_event_of_a_history_is_named(
+    client: TestClient, past: dict[str, Any], field: str, word: str
+) -> None:
+    good = {"item_id": 1, "actions": [], "timestamp_ms": 5}
+    body = {"user_id": 1, "candidates": [1], "history": [good, good | past]}
+    answer = client.post(RANK, json=body)
+    assert answer.status_code == 422
+    assert error_of(answer)["field"] == field
+    assert word in error_of(answer)["message"]
+
+
+def test_no_shard_is_asked_where_the_request_brings_the_history(
+    client: TestClient, backend: FakeBackend
+) -> None:
+    backend.broken = raising(Unavailable("history_shard_unavailable", "away"))
+    body = {"user_id": "eve", "candidates": [1], "history": []}
+    assert client.post(RANK, json=body).json()["history_length"] == 0
+    assert client.post(RANK, json={"user_id": "eve", "candidates": [1]}).status_code == 503
+    too_long = [{"item_id": 1, "actions": [], "timestamp_ms": 5}] * (CONFIG.serve.max_history + 1)
+    answer = client.post(RANK, json=body | {"history": too_long})
+    assert (answer.status_code, error_of(answer)["field"]) == (413, "history")
+
+
+def test_an_answer_explains_itself_where_it_is_asked_to(client: TestClient) -> None:
+    body = {"user_id": "eve", "candidates": [1]}
+    assert client.post(RANK, json=body).json()["explain"] is None
+    told = {"epoch": 0, "events": 3, "version": 4, "position": {"partition": 3, "offset": 77}}
+    assert client.post(RANK, json=body | {"explain": True}).json()["explain"] == told | {
+        "reuse": "miss",
+        "tokens": 3,
+        "cached_tokens": 1,
+    }
+    found = client.post(RETRIEVE, json={"user_id": "eve", "explain": True}).json()
+    assert found["explain"] == told | {"reuse": "hit", "tokens": None, "cached_tokens": None}
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_an_answer_from_a_stale_history_says_so(
+    client: TestClient, backend: FakeBackend, stale: bool
+) -> None:
+    backend.stale = stale
+    body = {"user_id": "eve", "candidates": [1]}
+    assert client.post(RANK, json=body).json()["stale"] is stale
+    assert client.post(RECOMMEND, json={"user_id": "eve"}).json()["stale"] is stale
+    assert client.get("/v1/users/eve/history").json()["stale"] is stale
+    assert client.post(RANK, json=body | {"history": []}).json()["stale"] is False
+
+
+def test_a_batch_answers_each_request_or_gives_it_its_own_error(client: TestClient) -> None:
+    good, bad = {"user_id": "eve", "candidates": [20]}, {"user_id": "eve", "candidates": [1, 1]}
+    answer = client.post(BATCH + "rank", json={"requests": [good, bad, {"user_id": 1}, good]})
+    assert answer.status_code == 200
+    results = answer.json()["results"]
+    assert [r["status"] for r in results] == [200, 422, 422, 200]
+    alone = client.post(RANK, json=good).json()
+    assert results[0] == results[3] == {"status": 200, "answer": alone, "error": None}
+    assert [r["answer"] for r in results[1:3]] == [None, None]
+    assert [r["error"]["field"] for r in results[1:3]] == ["candidates.1", "candidates"]
+    for kind in ("retrieve", "recommend"):
+        found = client.post(BATCH + kind, json={"requests": [{"user_id": "eve"}, {"user_id": 1, "k": 51}]})
+        assert [r["status"] for r in found.json()["results"]] == [200, 413]
+        assert (
+            found.json()["results"][0]["answer"] == client.post(f"/v1/{kind}", json={"user_id": "eve"}).json()
+        )
+    many = client.post(BATCH + "rank", json={"requests": [good] * (CONFIG.serve.max_batch + 1)})
+    assert (many.status_code, error_of(many)["field"]) == (413, "requests")
+
+
+def test_requests_of_a_batch_are_answered_beside_each_other_and_a_bug_is_one_requests_own(
+    client: TestClient, backend: FakeBackend
+) -> None:
+    waiting = 0
+
+    async def all_there() -> None:
+        nonlocal waiting
+        waiting += 1
+        number = waiting
+        async with asyncio.timeout(0.15):
+            while waiting < 3:
+                await asyncio.sleep(0.001)
+        if number == 2:
+            raise KeyError("a bug")
+
+    backend.broken = all_there
+    good = {"user_id": "eve", "candidates": [20]}
+    results = client.post(BATCH + "rank", json={"requests": [good] * 3}).json()["results"]
+    assert [r["status"] for r in results] == [200, 500, 200]
+    assert results[1]["error"]["type"] == "internal"
+
+
+def test_an_answer_includes_what_its_request_names_or_is_a_409(
+    client: TestClient, backend: FakeBackend
+) -> None:
+    token = token_of(3, 41)
+    for path, body in [
+        (RANK, {"user_id": "eve", "candidates": [1]}),
+        (RETRIEVE, {"user_id": "eve"}),
+        (RECOMMEND, {"user_id": "eve"}),
+    ]:
+        for asked, expected in [({}, None), ({"min_offset": 40}, 40), ({"token": token}, 41)]:
+            assert client.post(path, json=body | asked).status_code == 200
+            assert backend.min_offset == expected
+        for wrong in ({"token": token_of(2, 41)}, {"token": "x" * 16}, {"token": "é"}, {"token": "a"}):
+            answer = client.post(path, json=body | wrong)
+            assert (answer.status_code, error_of(answer)["field"]) == (422, "token")
+        assert client.post(path, json=body | {"token": token, "min_offset": 1}).status_code == 422
+        assert client.post(path, json=body | {"token": token, "history": []}).status_code == 422
+    shown = client.get(f"/v1/users/eve/history?token={token}")
+    assert (shown.status_code, backend.min_offset) == (200, 41)
+    assert client.get("/v1/users/eve/history?min_offset=7").status_code == 200
+    assert backend.min_offset == 7
+    assert client.get("/v1/users/eve/history?token=x").status_code == 422
+    backend.broken = raising(TailBehind("partition 3 is read up to 40"))
+    for answer in (
+        client.post(RANK, json={"user_id": "eve", "candidates": [1], "token": token}),
+        client.get(f"/v1/users/eve/history?token={token}"),
+    ):
+        assert (answer.status_code, error_of(answer)["type"]) == (409, "not_yet_visible")
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(0, 2**63 - 1))
+def test_a_token_is_the_place_it_was_made_from(partition: int, offset: int) -> None:
+    assert place_of(token_of(partition, offset)) == (partition, offset)

@@ -35,3 +35,15 @@ def test_the_callback_is_where_the_variable_says() -> None:
     module, name = proxy.CALLBACK.split(":")
     assert module == proxy.__name__
     assert getattr(proxy, name) is proxy.middlewares
+
+
+def test_of_two_request_ids_the_gateways_own_stands() -> None:
+    async def twice(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"x-request-id", b"own"), (b"a", b"1"), (b"a", b"2"), (b"X-Request-ID", b"serve's")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    answer = client(twice).get("/")
+    assert answer.headers.get_list("X-Request-Id") == ["own"]
+    assert answer.headers.get_list("a") == ["1", "2"]
+    assert client(dies).get("/", headers={"X-Request-Id": "one"}).json()["error"]["request_id"] == "one"
