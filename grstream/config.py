@@ -330,6 +330,10 @@ class ServeConfig(Section):
         gt=0,
         description="how long a step of the engine may encode, and score, before others have their turn",
     )
+    index: Literal["exact", "faiss"] = pydantic.Field(
+        "exact",
+        description="how items are retrieved; faiss: approximately (the extra `ann`), for many millions",
+    )
     cache_bytes: int = pydantic.Field(1 << 30, ge=0, description="keys and values kept per scorer replica")
     page_tokens: int = pydantic.Field(32, ge=16, description="tokens of a page of the cache: a power of two")
     page_dtype: Literal["float32", "bfloat16", "int8"] = pydantic.Field(

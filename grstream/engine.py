@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grstream.catalogue import Catalogue
 from grstream.config import ServeConfig
 from grstream.cost import Cost
 from grstream.histories import History
@@ -47,6 +48,7 @@ from grstream.scores import (
 )
 from grstream.sequences import Part, Sequence, encode, held, room_for
 from grstream.served import Served, build
+from grstream.shelf import Shelf
 from grstream.tokens import Tokens
 from grstream.versions import Versions
 from grstream.weights import Manifest, WeightsVersion
@@ -126,6 +128,8 @@ class Engine:
         self._sequences: dict[tuple[Any, ...], Sequence] = {}  # of active requests
         self._rebuilding: tuple[int, Sequence] | None = None
         self._versions = Versions(config.versions, config.max_version_age_s)
+        self._catalogue: Catalogue | None = None
+        self._shelves: dict[int, Shelf] = {}  # by the version's identity
         self.cache: KVCache | None = None  # from the first version on
         self._count: collections.Counter[str] = collections.Counter()
         self._stopped = False
@@ -165,7 +169,7 @@ class Engine:
         goes on with the version it had.
         """
         before = self._versions.newest
-        served = build(version, self.device, self._schema, before)
+        served = build(version, self.device, self._schema, before, self._config.index == "faiss")
         if served.given != served.schema and (before is None or before.schema != served.schema):
             logger.warning(
                 "weights version %d was trained with %s, and is asked with %s: what only one of the two "
@@ -178,6 +182,7 @@ class Engine:
             pages = (config.page_tokens, config.page_dtype)
             self.cost = Cost.measured(served.model, config.step_ms / 1000, config.micro_batch, *pages)
             logger.info("measured: %s", self.cost)
+        shelf = Shelf.of(served, self._catalogue)
         with self._turn:
             if new_shape:
                 config = self._config
@@ -185,8 +190,26 @@ class Engine:
                 self._versions = Versions(config.versions, config.max_version_age_s)
             self._drop_rebuilding()
             self._versions.add(served, time.monotonic())
+            self._put(served, shelf)
         with self._wake:
             self._wake.notify_all()
+
+    def announce(self, catalogue: Catalogue) -> None:
+        """Retrieve by another catalogue from now on: without what it withdraws, with what it announces."""
+        versions = self._versions.all()
+        shelves = [Shelf.of(served, catalogue) for served in versions]
+        with self._turn:
+            self._catalogue = catalogue
+            for served, shelf in zip(versions, shelves, strict=True):
+                self._put(served, shelf)
+
+    def _put(self, served: Served, shelf: Shelf) -> None:
+        if shelf.catalogue is not self._catalogue:  # another one came while this was made
+            shelf = Shelf.of(served, self._catalogue)
+        live = {id(version) for version in self._versions.all()}
+        self._shelves = {key: held for key, held in self._shelves.items() if key in live}
+        if id(served) in live:
+            self._shelves[id(served)] = shelf
 
     def ask(self, ask: Rank | Retrieve) -> Future[Any]:
         """The answer to come: Ranked, Retrieved or Recommended.
@@ -347,7 +370,7 @@ class Engine:
 
     def _sequence(self, ask: Rank | Retrieve, served: Served) -> tuple[Work, Sequence]:
         assert self.cache is not None
-        work = work_for(served, ask)
+        work = work_for(served, self._shelves[id(served)], ask)
         tokens = HistoryTokens.of(work.history, served.schema.contexts, served.interleaved)
         return work, Sequence(served, self.cache, tokens, ask.user)
 

@@ -95,6 +95,17 @@ class ExactIndex:
             other._bounds[number] = max(norm, changed[0]), max(size, changed[1])
         return other
 
+    def with_priors(self, prior: torch.Tensor) -> "ExactIndex":
+        """The same vectors with other priors (n,): a version's change with time for all items."""
+        if prior.shape != (self._count,) or not bool(torch.isfinite(prior).all()):
+            raise ValueError(f"{self._count} finite priors are wanted, not {tuple(prior.shape)}")
+        other = ExactIndex.__new__(ExactIndex)
+        other.block, other._count, other._dim = self.block, self._count, self._dim
+        other._vectors, other._prior = self._vectors, list(prior.split(self.block)) if len(prior) else []
+        sizes = [float(part.abs().max()) for part in other._prior]
+        other._bounds = [(norm, size) for (norm, _), size in zip(self._bounds, sizes, strict=True)]
+        return other
+
     def take(self, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
         """Vectors (m, d) and priors (m,) of places in any order."""
         order = np.argsort(places, kind="stable")
@@ -190,6 +201,14 @@ class FaissIndex:
         if len(places):
             other._index.remove_ids(faiss.IDSelectorBatch(places[places < len(self.exact)]))
             other._index.add_with_ids(_augmented(vectors, prior), places)
+        return other
+
+    def with_priors(self, prior: torch.Tensor) -> "FaissIndex":
+        """As `ExactIndex.with_priors`: scores have the new ones, cells are searched by the old."""
+        other = FaissIndex.__new__(FaissIndex)
+        other.exact = self.exact.with_priors(prior)
+        other.cells, other.probes, other._faiss = self.cells, self.probes, self._faiss
+        other._index = self._index
         return other
 
     def __len__(self) -> int:

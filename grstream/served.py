@@ -10,11 +10,15 @@ import torch
 
 from grstream.embedding_table import EmbeddingTable
 from grstream.histories import History
+from grstream.item_index import ExactIndex, FaissIndex
 from grstream.keys import ABSENT, Keys
 from grstream.model import HSTU
 from grstream.schema import Columns, Schema, placed
 from grstream.scores import NonFiniteScores, UnusableWeights, WrongFeatures
+from grstream.shelf import in_columns
 from grstream.weights import PRIOR, Manifest, Weights, WeightsVersion
+
+RECALL_USERS, RECALL_AT = 64, 100  # of the recall that is logged, item vectors standing for users'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +33,7 @@ class Served:
     table: EmbeddingTable
     item_names: dict[int, str]
     items: npt.NDArray[np.bool_]  # (n,) which places hold an item
-    item_keys: Keys  # (i,) of these, in the order of places
-    item_vectors: torch.Tensor  # (i, d)
-    prior: torch.Tensor  # (i,) what is added to an item's score in retrieval
+    index: ExactIndex | FaissIndex  # over all places
 
     @property
     def number(self) -> int:
@@ -45,6 +47,12 @@ class Served:
         """The ids of those items whose id is a string."""
         return {key: self.item_names[key] for key in items.tolist() if key in self.item_names}
 
+    def announced_vectors(self, items: Keys, features: Keys) -> torch.Tensor:
+        """Retrieval vectors (a, d) of items without a row, from what the catalogue says of them."""
+        with torch.inference_mode():
+            vectors, _ = candidate_vectors(self, items, in_columns(self, features))
+            return self.model.item_vectors(vectors).float()
+
     @functools.cached_property
     def root(self) -> bytes:
         """What the addresses of all its cache pages begin with."""
@@ -53,8 +61,13 @@ class Served:
 
 
 def build(
-    version: WeightsVersion, device: torch.device, given: Schema | None, before: Served | None
+    version: WeightsVersion,
+    device: torch.device,
+    given: Schema | None,
+    before: Served | None,
+    approximate: bool = False,
 ) -> Served:
+    """Raises UnusableWeights. `approximate`: retrieval by faiss."""
     weights, recipe = version.weights, version.manifest.recipe
     changed = None if before is None else _changed(version, before.manifest)
     _require_finite(version, changed)
@@ -87,11 +100,14 @@ def build(
         table = EmbeddingTable.of(weights, recipe.vocabulary_seed, device)
     else:
         table = before.table.after(weights, changed)
+    priors = prior.to(device)
     with torch.inference_mode():
         if before is None or changed is None:
-            vectors = model.item_vectors(_at(table.rows, np.flatnonzero(weights.items)))
+            index = _indexed(ExactIndex(model.item_vectors(table.rows).float(), priors), approximate)
         else:
-            vectors = _item_vectors_after(before, model, table.rows, weights.items, changed)
+            at = torch.from_numpy(changed).to(device)
+            vectors = model.item_vectors(table.rows.index_select(0, at)).float()
+            index = before.index.after(changed, vectors, priors[at]).with_priors(priors)
     return Served(
         manifest=version.manifest,
         schema=schema,
@@ -101,10 +117,18 @@ def build(
         table=table,
         item_names=weights.item_names,
         items=weights.items,
-        item_keys=weights.keys[weights.items],
-        item_vectors=vectors,
-        prior=prior[torch.from_numpy(weights.items)].to(device),
+        index=index,
     )
+
+
+def _indexed(exact: ExactIndex, approximate: bool) -> ExactIndex | FaissIndex:
+    """The index, or an approximate one over the same places, whose recall is logged."""
+    if not approximate:
+        return exact
+    index = FaissIndex(exact)
+    asked = np.random.default_rng(0).permutation(len(exact))[:RECALL_USERS]
+    index.recall(exact.take(asked)[0], RECALL_AT)
+    return index
 
 
 def _changed(version: WeightsVersion, before: Manifest) -> npt.NDArray[np.int64] | None:
@@ -113,30 +137,6 @@ def _changed(version: WeightsVersion, before: Manifest) -> npt.NDArray[np.int64]
     if changed is None or (changed.since, manifest.lineage) != (before.number, before.lineage):
         return None
     return changed.places if manifest.recipe == before.recipe else None
-
-
-def _item_vectors_after(
-    before: Served,
-    model: HSTU,
-    rows: torch.Tensor,  # (n, d)
-    items: npt.NDArray[np.bool_],  # (n,)
-    changed: npt.NDArray[np.int64],  # places, ascending
-) -> torch.Tensor:
-    """The item vectors of a version. Each is a function of its row: those of rows that stayed are copied."""
-    if not len(before.item_vectors):
-        return model.item_vectors(_at(rows, np.flatnonzero(items)))
-    places = np.flatnonzero(items)
-    were = np.zeros(len(items), np.int64)  # where a place's item vector was; of one that had none, anywhere
-    were[: len(before.items)] = np.maximum(np.cumsum(before.items) - 1, 0)
-    vectors = _at(before.item_vectors, were[places])
-    fresh = changed[items[changed]]
-    at = torch.from_numpy(np.searchsorted(places, fresh)).to(rows.device)
-    vectors[at] = model.item_vectors(_at(rows, fresh))
-    return vectors
-
-
-def _at(rows: torch.Tensor, places: npt.NDArray[np.int64]) -> torch.Tensor:
-    return rows.index_select(0, torch.from_numpy(places).to(rows.device))
 
 
 def _require_finite(version: WeightsVersion, changed: npt.NDArray[np.int64] | None) -> None:
@@ -154,23 +154,6 @@ def require_finite_scores(served: Served, scores: torch.Tensor) -> None:
         raise NonFiniteScores(
             f"version {served.manifest.number} gave scores that are not finite: its weights are too large"
         )
-
-
-def search(
-    served: Served, user: torch.Tensor, k: int, exclude: Keys | None, allow: Keys | None
-) -> tuple[Keys, npt.NDArray[np.float32]]:
-    """The k items of the highest score for a user vector (1, d), best first: (k,) and (k,)."""
-    scores = (user @ served.item_vectors.T)[0].float() + served.prior  # (n,)
-    require_finite_scores(served, scores)
-    allowed = len(scores)
-    if allow is not None or (exclude is not None and len(exclude)):
-        barred = np.zeros(allowed, np.bool_) if allow is None else ~np.isin(served.item_keys, allow)
-        if exclude is not None:
-            barred |= np.isin(served.item_keys, exclude)
-        allowed -= int(barred.sum())
-        scores[torch.from_numpy(barred).to(scores.device)] = -torch.inf
-    best = torch.topk(scores, min(k, allowed))
-    return served.item_keys[best.indices.cpu().numpy()], best.values.cpu().numpy()
 
 
 def as_trained(

@@ -10,9 +10,20 @@ from torch import Tensor
 
 from grstream.histories import History
 from grstream.keys import ABSENT, Keys
-from grstream.scores import Encoded, Rank, Ranked, Recommend, Recommended, Retrieve, Retrieved, WrongFeatures
+from grstream.scores import (
+    Encoded,
+    NonFiniteScores,
+    Rank,
+    Ranked,
+    Recommend,
+    Recommended,
+    Retrieve,
+    Retrieved,
+    WrongFeatures,
+)
 from grstream.sequences import Sequence
-from grstream.served import Served, as_trained, candidate_vectors, require_finite_scores, search
+from grstream.served import Served, as_trained, candidate_vectors, require_finite_scores
+from grstream.shelf import Shelf
 from grstream.tokens import Kind, candidate_kind
 
 Answer = TypeVar("Answer", Ranked, Retrieved, Recommended)
@@ -32,8 +43,11 @@ class Work(abc.ABC, Generic[Answer]):
     history: History
     context: Keys  # (C,)
 
-    def __init__(self, served: Served) -> None:
-        self.served = served
+    def __init__(self, served: Served, shelf: Shelf) -> None:
+        self.served, self.shelf = served, shelf
+
+    def names_of(self, items: Keys) -> dict[int, str]:
+        return self.shelf.names_of(items) | self.served.names_of(items)
 
     @property
     @abc.abstractmethod
@@ -55,8 +69,8 @@ class Work(abc.ABC, Generic[Answer]):
 class Ranking(Work[Ranked]):
     """Raises WrongFeatures."""
 
-    def __init__(self, served: Served, ask: Rank) -> None:
-        super().__init__(served)
+    def __init__(self, served: Served, shelf: Shelf, ask: Rank) -> None:
+        super().__init__(served, shelf)
         self.history, self._features = as_trained(served, ask.history, ask.features, len(ask.items))
         self.context = np.full(served.schema.contexts, ABSENT, np.int64)
         if len(ask.items):
@@ -95,8 +109,8 @@ class Ranking(Work[Ranked]):
 class Retrieval(Work[Retrieved]):
     """Raises WrongFeatures."""
 
-    def __init__(self, served: Served, ask: Retrieve) -> None:
-        super().__init__(served)
+    def __init__(self, served: Served, shelf: Shelf, ask: Retrieve) -> None:
+        super().__init__(served, shelf)
         contexts = served.given.contexts
         asked = np.full((1, len(served.given.features)), ABSENT, np.int64)
         if ask.context is not None:
@@ -122,21 +136,23 @@ class Retrieval(Work[Retrieved]):
     def found(self) -> tuple[Keys, np.ndarray]:
         """Keys and scores of the best items: (k,) and (k,)."""
         assert self._user is not None
-        return search(self.served, self._user, self._ask.k, self._ask.exclude, self._ask.allow)
+        if not bool(torch.isfinite(self._user).all()):
+            raise NonFiniteScores(f"version {self.served.number} gave a user vector that is not finite")
+        return self.shelf.search(self._user.float(), self._ask.k, self._ask.exclude, self._ask.allow)
 
     def answer(self, sequence: Sequence, encoded: Encoded) -> Retrieved:
         items, scores = self.found()
-        names = self.served.names_of(items)
+        names = self.names_of(items)
         return Retrieved(items, names, scores, self.served.number, sequence.reuse, encoded)
 
 
 class Recommendation(Work[Recommended]):
     """Retrieves, then ranks what it found, over one encoded history. Raises WrongFeatures."""
 
-    def __init__(self, served: Served, ask: Recommend) -> None:
-        super().__init__(served)
+    def __init__(self, served: Served, shelf: Shelf, ask: Recommend) -> None:
+        super().__init__(served, shelf)
         self._ask = ask
-        self._retrieval = Retrieval(served, ask)
+        self._retrieval = Retrieval(served, shelf, ask)
         self.history, self.context = self._retrieval.history, self._retrieval.context
         self._ranking: Ranking | None = None
         self._items = np.zeros(0, np.int64)
@@ -154,11 +170,12 @@ class Recommendation(Work[Recommended]):
             return
         self._retrieval.take(outputs, sequence)
         self._items, _ = self._retrieval.found()
-        features = np.full((len(self._items), len(self.served.given.features)), ABSENT, np.int64)
+        given = self.served.given
+        features = self.shelf.features(self._items, len(given.features), given.contexts)
         if self._ask.context is not None:
-            features[:, : self.served.given.contexts] = self._ask.context
+            features[:, : given.contexts] = self._ask.context
         ask = Rank(history=self._ask.history, at_ms=self._ask.at_ms, items=self._items, features=features)
-        self._ranking = Ranking(self.served, ask)
+        self._ranking = Ranking(self.served, self.shelf, ask)
 
     def answer(self, sequence: Sequence, encoded: Encoded) -> Recommended:
         assert self._ranking is not None
@@ -169,7 +186,7 @@ class Recommendation(Work[Recommended]):
         items = self._items[order]
         return Recommended(
             items=items,
-            names=self.served.names_of(items),
+            names=self.names_of(items),
             probabilities=probabilities[order],
             scores=scores[order],
             actions=actions,
@@ -179,10 +196,10 @@ class Recommendation(Work[Recommended]):
         )
 
 
-def work_for(served: Served, ask: Rank | Retrieve) -> Work:
+def work_for(served: Served, shelf: Shelf, ask: Rank | Retrieve) -> Work:
     """Raises WrongFeatures."""
     if isinstance(ask, Rank):
-        return Ranking(served, ask)
+        return Ranking(served, shelf, ask)
     if isinstance(ask, Recommend):
-        return Recommendation(served, ask)
-    return Retrieval(served, ask)
+        return Recommendation(served, shelf, ask)
+    return Retrieval(served, shelf, ask)

@@ -4,6 +4,7 @@ import asyncio
 import time
 from typing import Any
 
+from grstream.catalogue_tail import CatalogueTail
 from grstream.config import Config
 from grstream.exchange import Exchange
 from grstream.histories import History
@@ -34,6 +35,9 @@ class Scorer:
         self._timeout_s = config.serve.request_timeout_ms / 1000
         self._weights = tuple((action, config.serve.weight(action)) for action in config.events.actions)
         self._waiting = 0
+        self._items = CatalogueTail.of(config, self._engine.announce)
+        if self._items is not None:
+            self._items.start()
         store = WeightStore(config.storage / "weights", Exchange(config.storage))
         self._follower = WeightsFollower(store, self._engine, config.serve.poll_weights_s)
         self._follower.start()
@@ -66,6 +70,7 @@ class Scorer:
         allow: Keys | None = None,
     ) -> Retrieved:
         require_schema(self._schema, schema)
+        self._require_items()
         ask = Retrieve(
             history=history,
             at_ms=at_ms,
@@ -92,6 +97,7 @@ class Scorer:
     ) -> Recommended:
         """Items retrieved, and ranked by the configured weights of actions."""
         require_schema(self._schema, schema)
+        self._require_items()
         ask = Recommend(
             history=history,
             at_ms=at_ms,
@@ -117,8 +123,18 @@ class Scorer:
         """Serve replaces a replica for which this raises."""
         if not self._follower.is_alive():
             raise RuntimeError("the thread that follows the weights has ended")
+        if self._items is not None and not self._items.is_alive():
+            raise RuntimeError("the thread that follows the items has ended")
         if not self._engine.is_alive():
             raise RuntimeError("the engine's thread has ended")
+
+    def _require_items(self) -> None:
+        """Before it has read which items were withdrawn, a replica retrieves none. Raises EngineNotReady."""
+        status = None if self._items is None else self._items.status()
+        if status is not None and not status.caught_up:
+            raise EngineNotReady(
+                f"the items are being read from their topic: {status.reason or 'not at its end'}"
+            )
 
     def _deadline(self) -> float:
         """After which whoever asked no longer waits."""

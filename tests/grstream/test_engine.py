@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from grstream.catalogue import Catalogue, CatalogueFold, ItemBatch
 from grstream.config import ModelConfig, ServeConfig
 from grstream.engine import Engine
 from grstream.histories import History
 from grstream.history_tokens import HistoryTokens, memory_tokens
-from grstream.keys import ABSENT, Keys, Namespace, keys_of_ints
+from grstream.keys import ABSENT, Keys, Namespace, ints_of_keys, keys_of_ints
 from grstream.model import HSTU
 from grstream.pages import page_bytes
 from grstream.schema import Schema, placed
@@ -594,6 +595,61 @@ def test_a_version_s_prior_is_added_to_the_scores_of_its_items_and_to_no_probabi
     np.testing.assert_allclose(after.scores, expected, **TOLERANCE)
     assert (np.diff(after.scores) <= 0).all()
     np.testing.assert_array_equal(served.rank(past, ITEMS[:5], NOW).probabilities, ranked.probabilities)
+
+
+GENRES = [ABSENT, int(PLACES[1])]
+
+
+def catalogue(*records: tuple[int, int, bool]) -> Catalogue:
+    """Items by their number, each with a genre by its index and whether it is to be had."""
+    fold = CatalogueFold(1)
+    keys = keys_of_ints(Namespace.ITEM, np.array([number for number, _, _ in records]))
+    features = np.array([[GENRES[genre]] for _, genre, _ in records])
+    available = np.array([there for _, _, there in records])
+    fold.take(ItemBatch(0, keys, features, available, np.arange(len(records)), {int(keys[-1]): "last"}))
+    return fold.catalogue()
+
+
+@pytest.mark.parametrize("index", ["exact", "faiss"])
+def test_a_withdrawn_item_is_never_retrieved_and_an_announced_one_is_by_its_features(index: str) -> None:
+    past, held = history(4, 9), VERSIONS[1]
+    served = engine(index=index)
+    before = served.retrieve(past, 50, NOW)
+    assert len(before.items) == 30
+    gone = [int(before.items[0]), int(before.items[7])]
+    new = keys_of_ints(Namespace.ITEM, np.array([35, 36]))
+    numbers = ints_of_keys(Namespace.ITEM, np.array(gone)).tolist()
+    served.announce(
+        catalogue(*((n, 0, False) for n in numbers), (35, 0, True), (37, 1, False), (36, 1, True))
+    )
+    after = served.retrieve(past, 50, NOW)
+    assert set(after.items.tolist()) == set(before.items.tolist()) - set(gone) | set(new.tolist())
+    assert (np.diff(after.scores) <= 0).all()
+    assert after.names[int(new[1])] == "last"
+    scores = dict(zip(after.items.tolist(), after.scores.tolist(), strict=True))
+    was = dict(zip(before.items.tolist(), before.scores.tolist(), strict=True))
+    kept = [key for key in was if key in scores]
+    np.testing.assert_allclose([scores[k] for k in kept], [was[k] for k in kept], **TOLERANCE)
+    # Nearer to the user when the user's vector is the item's own: its features are in it.
+    own = build(held, torch.device("cpu"), None, None).announced_vectors(
+        new, np.array([[ABSENT], [GENRES[1]]])
+    )
+    plain, _ = build(held, torch.device("cpu"), None, None).table.vectors(new)
+    expected = torch.nn.functional.normalize(plain[0], dim=-1)
+    np.testing.assert_allclose(own[0], expected, **TOLERANCE)
+    assert not np.allclose(own[1], torch.nn.functional.normalize(plain[1], dim=-1), atol=1e-3)
+    few = served.retrieve(past, 50, NOW, exclude=new[:1], allow=np.array([*new.tolist(), kept[0], gone[0]]))
+    assert set(few.items.tolist()) == {int(new[1]), kept[0]}
+    served.swap(VERSIONS[3])
+    assert set(served.retrieve(past, 50, NOW).items.tolist()) == set(after.items.tolist())
+    found = served.recommend(Recommend(history=past, at_ms=NOW, k=40, weights=(("click", 1.0),)))
+    assert set(found.items.tolist()) == set(after.items.tolist())
+    features = np.full((len(found.items), 3), ABSENT, np.int64)
+    features[found.items == new[1], 2] = GENRES[1]
+    expected = from_scratch(VERSIONS[3], past, found.items, features, NOW)
+    np.testing.assert_allclose(found.probabilities, expected, **TOLERANCE)
+    served.announce(catalogue((35, 0, False), *((n, 0, True) for n in numbers)))
+    assert set(served.retrieve(past, 50, NOW).items.tolist()) == set(before.items.tolist())
 
 
 def test_before_the_first_version_an_engine_says_that_it_is_not_ready() -> None:

@@ -448,7 +448,8 @@ def scores(engine: Engine) -> list[Any]:
 def said_of(served: Served) -> list[bytes]:
     """All that a request reads of a version."""
     vectors, known = served.table.vectors(np.arange(-12, 40))
-    return [vectors.numpy().tobytes(), known.tobytes(), served.item_vectors.numpy().tobytes()]
+    of_items, priors = served.index.take(np.flatnonzero(served.items))
+    return [array.numpy().tobytes() for array in (vectors, of_items, priors)] + [known.tobytes()]
 
 
 @settings(max_examples=30)

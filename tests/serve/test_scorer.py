@@ -1,6 +1,8 @@
 import asyncio
+import contextlib
 import pathlib
 import time
+import uuid
 from concurrent.futures import Future
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from grstream.config import Config, parse
 from grstream.histories import History
+from grstream.kafka import create_topic, producer
 from grstream.schema import Schema
 from grstream.scores import EngineNotReady, Rank
 from serve.errors import OtherSchema, QueueFull
@@ -20,9 +23,10 @@ SCHEMA = Schema(("click",), ())
 HISTORY = History(NOTHING, np.empty(0, np.int32), NOTHING, np.empty((0, 0), np.int64), 0, 0)
 
 
-def config(storage: pathlib.Path, queue: int) -> Config:
+def config(storage: pathlib.Path, queue: int, kafka: dict[str, Any] | None = None) -> Config:
     return parse(
         {
+            "kafka": kafka or {},
             "storage": str(storage),
             "events": {"actions": ["click"]},
             "serve": {"queue": queue, "cache_bytes": 0},
@@ -97,6 +101,39 @@ def test_a_scorer_without_weights_says_so_and_one_whose_follower_died_is_unhealt
         with pytest.raises(RuntimeError, match="engine's thread"):
             await other.check_health()
         other._follower.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.kafka
+def test_a_scorer_retrieves_nothing_before_it_has_read_what_was_withdrawn(
+    tmp_path: pathlib.Path, kafka_bootstrap: str
+) -> None:
+    async def scenario() -> None:
+        topic = f"items-{uuid.uuid4().hex[:8]}"
+        kafka = {"bootstrap_servers": [kafka_bootstrap], "items_topic": topic}
+        scorer = Scorer(config(tmp_path, 3, kafka))
+        asked = (SCHEMA, 1, HISTORY, 1, NOTHING, 0, NOTHING)
+        for call in (scorer.retrieve(*asked), scorer.recommend(*asked)):
+            with pytest.raises(EngineNotReady, match="items are being read"):
+                await call
+        with pytest.raises(EngineNotReady, match="weights"):
+            await scorer.rank(SCHEMA, 1, HISTORY, NOTHING, np.empty((0, 0), np.int64), 0)
+        create_topic(config(tmp_path, 3, kafka).kafka, 1, topic)
+        with contextlib.closing(producer(config(tmp_path, 3, kafka).kafka)) as log:
+            log.send(topic, b'{"item_id": 7, "available": false}', key=b"7").get(10)
+        deadline = time.monotonic() + 30
+        while scorer._engine._catalogue is None or not len(scorer._engine._catalogue):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+        with pytest.raises(EngineNotReady, match="weights"):
+            await scorer.retrieve(*asked)
+        assert scorer._items is not None
+        await scorer.check_health()
+        scorer._items.stop()
+        with pytest.raises(RuntimeError, match="follows the items"):
+            await scorer.check_health()
+        scorer._follower.stop()
 
     asyncio.run(scenario())
 
