@@ -90,7 +90,7 @@ class Ledger:
             start, stop = self.consumed(partition)[0]
             counts = [self.count(d, partition, stop) for d in Disposition]
             self._settled[partition] = Settled(start, stop, tuple(counts))
-            self._ranges[partition] = [r for r in self._ranges[partition] if r.start >= stop]
+            self._ranges[partition] = [r for r in self._ranges.get(partition, ()) if r.start >= stop]
 
     def copy(self) -> "Ledger":
         other = Ledger()

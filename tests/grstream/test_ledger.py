@@ -49,28 +49,32 @@ def test_the_watermark_stops_at_a_hole() -> None:
     cuts=cuts,
     order=st.randoms(),
     kinds=st.lists(st.sampled_from(Disposition), min_size=12, max_size=12),
-    settled=st.lists(st.integers(0, 12), max_size=3),
+    settled=st.lists(st.integers(0, 24), max_size=4),
 )
 def test_a_ledger_that_counts_what_lies_before_its_watermark_knows_the_same_of_every_offset(
     cuts, order, kinds, settled
 ) -> None:
-    ranges = [OffsetRange(0, a, b, k) for a, b, k in zip([0, *cuts], cuts, kinds, strict=False)]
+    ranges = [
+        OffsetRange(p, a, b, k) for p in range(2) for a, b, k in zip([0, *cuts], cuts, kinds, strict=False)
+    ]
     order.shuffle(ranges)
     whole, counting = Ledger(), Ledger()
     for i, r in enumerate(ranges):
-        if i in settled and i:
+        if i in settled:
             counting.settle(0)
             counting = Ledger.from_table(counting.to_table()).copy()
         whole.add(r)
         counting.add(r)
-        assert counting.consumed(0) == whole.consumed(0)
-        assert counting.watermark(0) == whole.watermark(0)
+        for partition in range(2):
+            assert counting.consumed(partition) == whole.consumed(partition)
+            assert counting.watermark(partition) == whole.watermark(partition)
+        assert counting.partitions() == whole.partitions()
         assert [counting.count(d) for d in Disposition] == [whole.count(d) for d in Disposition]
         assert list(counting.position()) == list(whole.position())
     counting.settle(0)
-    first = whole.consumed(0)[0]
-    assert counting.settled(0)[:2] == first
-    assert [r for r in counting if r.start < first[1]] == []
+    for partition in range(2):
+        assert counting.settled(partition)[:2] == whole.consumed(partition)[0]
+    assert list(counting) == []
     for r in ranges:
         with pytest.raises(OffsetConflict):
             counting.add(r)
