@@ -83,14 +83,21 @@ class Ledger:
             held.insert(at, new)
 
     def settle(self, most: int) -> None:
-        """Where more than `most` ranges are listed, count instead what lies before each watermark."""
+        """Where more than `most` ranges are listed, count instead what each partition's first run holds."""
         if sum(map(len, self._ranges.values())) <= most:
             return
         for partition in self.partitions():
-            start, stop = self.consumed(partition)[0]
-            counts = [self.count(d, partition, stop) for d in Disposition]
+            before = self._settled.get(partition)
+            # The first run, as a rule: ranks may run ahead of the very first offsets.
+            start, stop = next(
+                (a, b) for a, b in self.consumed(partition) if before is None or a <= before.start < b
+            )
+            counts = list(before.counts) if before else [0] * len(Disposition)
+            held = self._ranges.get(partition, [])
+            for r in held:
+                counts[r.disposition] += (r.stop - r.start) * (start <= r.start < stop)
             self._settled[partition] = Settled(start, stop, tuple(counts))
-            self._ranges[partition] = [r for r in self._ranges.get(partition, ()) if r.start >= stop]
+            self._ranges[partition] = [r for r in held if not start <= r.start < stop]
 
     def copy(self) -> "Ledger":
         other = Ledger()
@@ -112,7 +119,7 @@ class Ledger:
             yield from self._ranges[partition]
 
     def settled(self, partition: int) -> Settled | None:
-        """What is counted alone, before all that is listed."""
+        """What is counted alone."""
         return self._settled.get(partition)
 
     def consumed(self, partition: int) -> list[tuple[int, int]]:
@@ -137,16 +144,13 @@ class Ledger:
     def partitions(self) -> list[int]:
         return sorted(self._ranges.keys() | self._settled.keys())
 
-    def count(self, disposition: Disposition, partition: int | None = None, before: int | None = None) -> int:
-        """Offsets that ended so: of one partition, and of it before an offset, if given.
-
-        Ranges do not reach across `before`, and what is settled lies in front of it.
-        """
+    def count(self, disposition: Disposition, partition: int | None = None) -> int:
+        """Offsets that ended so, of one partition if it is given."""
         listed = sum(
             r.stop - r.start
             for p in (self._ranges if partition is None else (partition,))
             for r in self._ranges.get(p, ())
-            if r.disposition == disposition and (before is None or r.stop <= before)
+            if r.disposition == disposition
         )
         settled = (s for p, s in self._settled.items() if partition in (None, p))
         return listed + sum(s.counts[disposition] for s in settled)

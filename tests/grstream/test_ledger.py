@@ -73,7 +73,7 @@ def test_a_ledger_that_counts_what_lies_before_its_watermark_knows_the_same_of_e
         assert list(counting.position()) == list(whole.position())
     counting.settle(0)
     for partition in range(2):
-        assert counting.settled(partition)[:2] == whole.consumed(partition)[0]
+        assert counting.settled(partition)[:2] in whole.consumed(partition)
     assert list(counting) == []
     for r in ranges:
         with pytest.raises(OffsetConflict):
