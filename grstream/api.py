@@ -61,6 +61,10 @@ class Explain(_Answer):
     reuse: Reuse = pydantic.Field(description="what the cache of keys and values spared")
     tokens: int | None = pydantic.Field(description="of the history; null: not told")
     cached_tokens: int | None = pydantic.Field(description="of these, found in the cache")
+    waited_ms: float | None = pydantic.Field(
+        description="in the engine, until its first step; null: not told"
+    )
+    engine_ms: float | None = pydantic.Field(description="in the engine, waiting included")
     epoch: int = pydantic.Field(description="of the history: one more whenever its oldest chunk is dropped")
     events: int = pydantic.Field(description="of the history")
     version: int

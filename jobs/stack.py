@@ -64,7 +64,7 @@ class LocalStack:
 
     `settings` is a configuration as loaded from YAML; storage, addresses and port are set here. `stream` are
     further arguments of `jobs/replay.py`; without them nothing is sent before `stream` is called. `port` is
-    wished for, and taken if it is free.
+    wished for, and taken if it is free. Without `train` there is no trainer. `environment` is for all parts.
     """
 
     def __init__(
@@ -74,11 +74,14 @@ class LocalStack:
         stream: Sequence[str] | None = None,
         partitions: int = 2,
         port: int = 0,
+        train: bool = True,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.home = home.absolute()
         self.stages = dict.fromkeys(PARTS, Stage("waiting"))
         self.partitions = partitions
         self._settings, self._stream, self._port = settings, stream, port
+        self._train, self._more = train, dict(environment or {})
         self._children: dict[str, Child] = {}
         self._stopping = threading.Event()
         self._ray_home: pathlib.Path | None = None
@@ -117,7 +120,9 @@ class LocalStack:
                 if self._stream is not None:
                     self.stream(self._stream)
                 ray.result()
-                waiting = [pool.submit(self._start_server), pool.submit(self._start_trainer)]
+                waiting = [pool.submit(self._start_server)]
+                if self._train:
+                    waiting.append(pool.submit(self._start_trainer))
                 for part in concurrent.futures.as_completed(waiting):
                     part.result()
             except BaseException:
@@ -248,7 +253,7 @@ class LocalStack:
             "RAY_AUTH_TOKEN": self._token,
             "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
         }
-        return {**os.environ, **ours}
+        return {**os.environ, **ours, **self._more}
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:

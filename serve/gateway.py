@@ -400,6 +400,8 @@ class Gateway:
                 reuse=found.reuse,
                 tokens=None if found.encoded is None else found.encoded.tokens,
                 cached_tokens=None if found.encoded is None else found.encoded.cached,
+                waited_ms=None if found.encoded is None else found.encoded.waited_ms,
+                engine_ms=None if found.encoded is None else found.encoded.took_ms,
                 epoch=held.history.epoch,
                 events=events,
                 version=found.version,

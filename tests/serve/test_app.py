@@ -28,6 +28,7 @@ from grstream.weights import Recipe, Weights
 from serve import proxy, rank_pb2
 from serve.app import WrongPackage, require_own
 from serve.rpc import SERVICE
+from tests.faults.killing import KillableBroker, descendants, killable
 
 PATIENCE_S = 60.0
 ACTIONS = ["click", "like"]
@@ -45,8 +46,8 @@ def test_a_package_of_the_same_name_that_is_not_the_projects_own_is_refused() ->
 class Application:
     """The application of a config on a Ray cluster of its own, and what a test does to it."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, broker: KillableBroker) -> None:
+        self.config, self.broker = config, broker
         self.grpc_port = free_port()
         self.store = WeightStore(config.storage / "weights")
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{config.serve.port}", timeout=30)
@@ -116,12 +117,12 @@ def application(broker_process: Any, tmp_path_factory: pytest.TempPathFactory) -
     from serve.app import Arguments, build
 
     home = tmp_path_factory.mktemp("application")
-    with broker_process(home / "broker") as (_, bootstrap):
+    with killable(broker_process, home / "broker") as broker:
         path = home / "config.yaml"
-        path.write_text(yaml.safe_dump(settings(home, bootstrap)))
+        path.write_text(yaml.safe_dump(settings(home, broker.bootstrap)))
         config = configuration.load(path)
         create_topic(config.kafka, 2)
-        made = Application(config)
+        made = Application(config, broker)
         # Of the whole cluster: proxies read it when they start.
         os.environ[proxy.CALLBACK_VARIABLE] = proxy.CALLBACK
         ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
@@ -268,45 +269,124 @@ def test_a_new_version_is_served_without_a_restart_and_a_corrupt_or_unusable_one
     eventually(lambda: {application.rank(user=u)["version"] for u in range(20)} == {last})
 
 
+class Load:
+    """Requests by four clients, all the while; what they were answered."""
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+        self._done = threading.Event()
+        self.answers: Counter[int] = Counter()
+        self.refused = 0  # connections
+        self.bad: list[str] = []
+        self.expected = {r["item_id"]: r["scores"] for r in application.rank(user=1000)["results"]}
+        self.version = application.rank(user=1000)["version"]
+
+    def _run(self, worker: int) -> None:
+        limits = httpx.Limits(max_keepalive_connections=1)
+        with httpx.Client(base_url=self._application.client.base_url, timeout=30, limits=limits) as client:
+            while not self._done.is_set():
+                body = {"user_id": 1000 + worker, "candidates": [*range(95, 105)]}
+                try:
+                    answer = client.post("/v1/rank", json=body)
+                except httpx.TransportError:
+                    self.refused += 1
+                    time.sleep(0.1)
+                    continue
+                self.answers[answer.status_code] += 1
+                if answer.status_code == 503:
+                    if "Retry-After" not in answer.headers or "error" not in answer.json():
+                        self.bad.append(answer.text)
+                    time.sleep(0.1)
+                elif answer.status_code != 200:
+                    self.bad.append(f"{answer.status_code}: {answer.text}")
+                elif worker == 0 and answer.json()["version"] == self.version:
+                    got = {r["item_id"]: r["scores"] for r in answer.json()["results"]}
+                    if got != self.expected:
+                        self.bad.append(f"scores changed: {got}")
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Some before, and some after."""
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            workers = [pool.submit(self._run, w) for w in range(4)]
+            try:
+                time.sleep(1)
+                yield
+                time.sleep(1)
+            finally:
+                self._done.set()
+            for worker in workers:
+                worker.result()
+        assert not self.bad, self.bad[:3]
+        assert self.answers.keys() <= {200, 503}
+
+
 @pytest.mark.ray_cluster
 @pytest.mark.parametrize("deployment", ["scorer", "gateway", "history-0"])
 def test_a_replica_killed_under_load_costs_nothing_but_503s_and_comes_back(
     application: Application, deployment: str
 ) -> None:
-    done, answers = threading.Event(), Counter[int]()
-    bad: list[str] = []
-    expected = {r["item_id"]: r["scores"] for r in application.rank(user=1000)["results"]}
-
-    def load(worker: int) -> None:
-        limits = httpx.Limits(max_keepalive_connections=1)
-        with httpx.Client(base_url=application.client.base_url, timeout=30, limits=limits) as client:
-            while not done.is_set():
-                body = {"user_id": 1000 + worker, "candidates": [*range(95, 105)]}
-                answer = client.post("/v1/rank", json=body)
-                answers[answer.status_code] += 1
-                if answer.status_code == 503:
-                    if "Retry-After" not in answer.headers or "error" not in answer.json():
-                        bad.append(answer.text)
-                    time.sleep(0.1)
-                elif answer.status_code != 200:
-                    bad.append(f"{answer.status_code}: {answer.text}")
-                elif worker == 0:
-                    got = {r["item_id"]: r["scores"] for r in answer.json()["results"]}
-                    if got != expected:
-                        bad.append(f"scores changed: {got}")
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        workers = [pool.submit(load, w) for w in range(4)]
-        time.sleep(1)
+    load = Load(application)
+    with load.applied():
         kill(deployment)
         time.sleep(1)
-        try:
-            eventually(lambda: all(application.rank(user=u) for u in range(1000, 1020)))
-        finally:
-            time.sleep(1)
-            done.set()
-        for worker in workers:
-            worker.result()
-    assert not bad, bad[:3]
-    assert answers.keys() <= {200, 503}
-    assert answers[200] > answers[503]
+        eventually(lambda: all(application.rank(user=u) for u in range(1000, 1020)))
+    assert load.refused == 0
+    assert load.answers[200] > load.answers[503]
+
+
+@pytest.mark.ray_cluster
+def test_a_proxy_killed_under_load_is_back_by_itself(application: Application) -> None:
+    """Of one node's one proxy: whoever asks meanwhile finds no port, and no wrong answer."""
+    load = Load(application)
+    with load.applied():
+        (proxy,) = descendants("ray::ProxyActor")
+        os.kill(proxy, signal.SIGKILL)
+        eventually(lambda: descendants("ray::ProxyActor") not in ([], [proxy]))
+        eventually(lambda: all(application.rank(user=u) for u in range(1000, 1020)))
+    assert load.answers[200] > load.answers[503]
+
+
+AWAY = [3.0, pytest.param(60.0, marks=pytest.mark.slow)]
+
+
+@pytest.mark.ray_cluster
+@pytest.mark.parametrize("away_s", AWAY)
+def test_while_the_weights_storage_is_gone_the_last_version_serves(
+    application: Application, away_s: float
+) -> None:
+    weights = application.config.storage / "weights"
+    load = Load(application)
+    with load.applied():
+        weights.rename(weights.with_name("gone"))
+        time.sleep(away_s)
+        assert application.rank(user=1000)["version"] == load.version
+        weights.with_name("gone").rename(weights)
+        number = application.publish(6)
+        eventually(lambda: {application.rank(user=u)["version"] for u in range(20)} == {number})
+    assert load.refused == 0
+    assert load.answers.keys() == {200}
+
+
+@pytest.mark.ray_cluster
+@pytest.mark.parametrize("away_s", AWAY)
+def test_while_kafka_is_away_scores_go_on_and_posts_are_refused(
+    application: Application, away_s: float
+) -> None:
+    load = Load(application)
+    with load.applied():
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            killed = pool.submit(application.broker.kill, away_s)
+            time.sleep(min(1.0, away_s / 2))
+            event = {"user_id": 77, "item_id": 3, "actions": ["like"], "timestamp_ms": 1003}
+            answer = application.client.post("/v1/actions", json={"events": [event]})
+            # The broker may be back before the writer gives up.
+            assert answer.status_code in (200, 503), answer.text
+            if away_s > 10:
+                assert answer.status_code == 503
+                assert answer.json()["error"]["type"] == "broker_unavailable"
+            killed.result()
+        eventually(lambda: application.post(77, [4]))
+        eventually(lambda: application.rank(user=77)["history_length"] >= 1)
+    assert load.refused == 0
+    assert load.answers.keys() == {200}
