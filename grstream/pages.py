@@ -85,13 +85,13 @@ def page_bytes(model: "HSTU", page_tokens: int, dtype: str) -> int:
 
 
 def blank_pages(model: "HSTU", count: int, page_tokens: int, dtype: str) -> Pages:
-    """Pages for `model`, on its device, with the heads outside the tokens as a CPU reads them fastest."""
+    """Pages for `model`, on its device, with the heads outermost, as a CPU reads them fastest."""
     device = model.start.device
 
     def blank(heads: int, width: int) -> PageTensor:
         def array(*last: int, of: torch.dtype) -> Tensor:
             # Empty, so that the system gives memory as pages are used; what no token wrote is never read.
-            return torch.empty(count, heads, page_tokens, *last, dtype=of, device=device).transpose(1, 2)
+            return torch.empty(heads, count, page_tokens, *last, dtype=of, device=device).movedim(0, 2)
 
         values = array(width, of=PAGE_DTYPES[dtype])
         return Scaled(values, array(of=torch.float32)) if dtype == "int8" else values

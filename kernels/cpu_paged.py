@@ -4,8 +4,8 @@
 
 All rows of a run have one prefix n and one time, so the bias is a vector over the memory tokens. That makes
 a run's scores a linear layer with a bias and a SiLU behind it, which oneDNN computes in one go without the
-scores leaving the registers; the sum over v is a second product. Pages are copied once a sequence and layer,
-heads outermost, in pieces of a page and a head where the pool has its heads outside its tokens.
+scores leaving the registers; the sum over v is a second product. Where a pool has its heads outermost, a
+history whose pages follow one another is read where it lies; others are copied, once a sequence and layer.
 
 Rows are cut so that their weights stay in a cache. No row's sum depends on the others (law 2).
 """
@@ -42,8 +42,8 @@ class Run:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     runs: tuple[Run, ...]
-    source: Tensor  # (sum of H · pages,) page · H + head, sequence after sequence, heads outermost
-    pages: tuple[int, ...]  # of each sequence
+    pages: tuple[Tensor, ...]  # of each sequence (·,) int64
+    first: tuple[int | None, ...]  # of each sequence's pages, if they follow one another
     distances: Tensor  # (sum of n over runs,) of each run's rows to the tokens it sees
     passed: Tensor  # (sum of n,) milliseconds
 
@@ -70,13 +70,9 @@ def plan(sight: PagedSight, heads: int) -> Plan | None:
     token = jagged.positions(sees, start)
     page = sight.pages[sight.page_starts[of[run]] + token // sight.page_tokens]
     times = sight.page_times[page, token % sight.page_tokens]
-    counts = page_counts(sight.memory_lengths, sight.page_tokens)
-    pieces = counts * heads
-    sequence = jagged.owners(pieces)
-    place = jagged.positions(pieces)
-    at = sight.page_starts[sequence] + place % counts[sequence]
-    source = sight.pages[at] * heads + place // counts[sequence]
-    return Plan(tuple(runs), source, tuple(counts.tolist()), sees[run] - token, clock[firsts][run] - times)
+    own = sight.pages.split(page_counts(sight.memory_lengths, sight.page_tokens).tolist())
+    first = tuple(int(p[0]) if len(p) and bool((p.diff() == 1).all()) else None for p in own)
+    return Plan(tuple(runs), own, first, sees[run] - token, clock[firsts][run] - times)
 
 
 def attention(
@@ -96,17 +92,15 @@ def attention(
     rows, heads, width = v_self.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     bias, own_bias = _bias(sight, planned, position_bias, time_bias, heads, q.dtype)
-    ks, vs = (_by_head(pages, planned.source, q.dtype) for pages in (k_pages, v_pages))
     asked = torch.mul(q.transpose(0, 1), alpha).contiguous()  # (H, R, d_qk)
     own = alpha * (q.to(wide) * k_self).sum(-1) + own_bias  # (R, H)
     out = torch.empty(rows, heads, width, dtype=wide)
-    starts = [0]
-    for pages in planned.pages:
-        starts.append(starts[-1] + pages * heads)
+    memory: dict[int, list[Tensor]] = {}
     weigh = _softmax if softmax else _silu
     for run in planned.runs:
-        at, memory = slice(starts[run.of], starts[run.of + 1]), planned.pages[run.of] * sight.page_tokens
-        k, v = (x[at].view(heads, memory, x.shape[-1])[:, : run.n] for x in (ks, vs))
+        if run.of not in memory:
+            memory[run.of] = [_by_head(x, planned, run.of, q.dtype) for x in (k_pages, v_pages)]
+        k, v = (x[:, : run.n] for x in memory[run.of])
         weigh(run, asked, k, v, bias[:, run.start : run.start + run.n], own, out)
     if softmax:  # what was summed so far has its share already; `own` has become its own pair's
         return out.addcmul_(own.unsqueeze(-1), v_self.to(wide))
@@ -150,19 +144,22 @@ def _step(run: Run) -> int:
     return -(-count // -(-count // most))
 
 
-def _by_head(pages: PageTensor, source: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pages (P, page, H, d) that are named by page · H + head: (·, page, d)."""
+def _by_head(pages: PageTensor, planned: Plan, sequence: int, dtype: torch.dtype) -> Tensor:
+    """The tokens of a sequence's pages (P, page, H, d), each head's in one piece: (H, tokens, d)."""
     if isinstance(pages, Scaled):
-        return (_pieces(pages.values, source) * _pieces(pages.scales, source).unsqueeze(-1)).to(dtype)
-    return _pieces(pages, source).to(dtype)
+        parts = (_chosen(x, planned, sequence) for x in (pages.values, pages.scales))
+        values, scales = (x.flatten(1, 2) for x in parts)
+        return (values * scales.unsqueeze(-1)).to(dtype)
+    return _chosen(pages, planned, sequence).flatten(1, 2).to(dtype)
 
 
-def _pieces(pages: Tensor, source: Tensor) -> Tensor:
-    outside = pages.transpose(1, 2)  # (P, H, page, …)
-    if outside.is_contiguous():
-        return outside.flatten(0, 1).index_select(0, source)
-    heads = pages.shape[2]
-    return outside[source // heads, source % heads]
+def _chosen(pages: Tensor, planned: Plan, sequence: int) -> Tensor:
+    """A sequence's pages, heads outermost: (H, ·, page, …)."""
+    outside = pages.movedim(2, 0)  # (H, P, page, …)
+    first, own = planned.first[sequence], planned.pages[sequence]
+    if first is not None and outside.is_contiguous():
+        return outside[:, first : first + len(own)]
+    return outside.index_select(1, own)
 
 
 def _buckets(sight: PagedSight, planned: Plan, bits: int) -> tuple[Tensor, Tensor]:

@@ -55,14 +55,25 @@ class Paged:
 
 
 def in_pages(case: Case, page_tokens: int, seed: int = 0, spare: int = 3) -> Paged:
-    """The case's memory in pages drawn at random from a pool, NaN wherever no token of it lies."""
+    """The case's memory in pages drawn at random from a pool, NaN wherever no token of it lies.
+
+    By some seeds the pool has its heads outermost, and by some each sequence's pages follow one another.
+    """
     k, v, sight = case.arrays["k"], case.arrays["v"], case.sight
     lengths = sight.memory_lengths.tolist()
     counts = [math.ceil(length / page_tokens) for length in lengths]
     pool = sum(counts) + spare
     pages = torch.randperm(pool, generator=torch.Generator().manual_seed(seed))[: sum(counts)]
-    k_pages = k.new_full((pool, page_tokens, *k.shape[1:]), math.nan)
-    v_pages = v.new_full((pool, page_tokens, *v.shape[1:]), math.nan)
+    if seed % 4 == 3:
+        pages = torch.arange(sum(counts)) + 1
+
+    def blank(like: Tensor) -> Tensor:
+        tokens, (heads, width) = (pool, page_tokens), like.shape[1:]
+        if seed % 2:
+            return like.new_full((heads, *tokens, width), math.nan).movedim(0, 2)
+        return like.new_full((*tokens, heads, width), math.nan)
+
+    k_pages, v_pages = blank(k), blank(v)
     times = torch.full((pool, page_tokens), 77)
     token = first = 0
     for length, count in zip(lengths, counts, strict=True):
