@@ -37,12 +37,14 @@ from grstream.kv_cache import KVCache
 from grstream.model import HSTU
 from grstream.pages import PagedCache, page_bytes
 from grstream.tokens import Kind, Tokens
+from kernels.cpu_paged import CACHED_WEIGHTS
 from kernels.matmul import matmul
 
 DIM, LAYERS, HEADS = 128, 4, 4
 WIDTH = DIM // HEADS
 ACTIONS = 3
 PAGE = 32
+STEP_S = 0.1  # nobody else is waiting
 SHAPES = ((512, 512), (2048, 1024), (4096, 256), (4096, 4096))
 CURVE = (1024, 2048, 4096, 8192, 16384)
 
@@ -139,7 +141,7 @@ def products_ms(m: int, n: int, dtype: torch.dtype) -> float:
     """The products of cached scoring alone, in blocks of rows that a cache holds, by the faster library."""
     x, w, o = (torch.randn(*s).to(dtype) for s in ((m, DIM), (DIM, 4 * DIM), (DIM, DIM)))
     q, k, v = (torch.randn(HEADS, r, WIDTH).to(dtype) for r in (m, n, n))
-    rows = max(32, min(m, (1 << 19) // n))
+    rows = max(32, min(m, CACHED_WEIGHTS // n))
     weights = torch.randn(rows, n).to(dtype)
 
     def by(product: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -273,7 +275,7 @@ def main() -> None:
             torch.manual_seed(0)
             model = HSTU(ModelConfig(layers=LAYERS, dim=DIM, heads=HEADS, dtype=name), ACTIONS).eval()
             dtype = getattr(torch, name)
-            models[dtype] = model, Cost.measured(model, 0.02, None, PAGE, name)
+            models[dtype] = model, Cost.measured(model, STEP_S, None, PAGE, name)
             for n, m in SHAPES:
                 case = Case(model, n, m, models[dtype][1].micro_batch(n))
                 rows.append(measured(case, dtype, args.rounds))

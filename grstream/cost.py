@@ -13,7 +13,7 @@ from grstream.model import HSTU
 from grstream.pages import page_bytes
 from grstream.tokens import Kind, Tokens
 
-OVERHEAD = 0.1  # of a micro-batch's time: what it costs beyond its candidates
+OVERHEAD = 0.03  # of a micro-batch's time: what it costs beyond its candidates
 LEAST, MOST = 16, 8192  # candidates of a micro-batch
 # (rows, memory tokens) that are measured, for scoring and for encoding behind so many.
 SCORED = ((1, 64), (64, 64), (512, 64), (64, 512), (512, 512))

@@ -21,7 +21,9 @@ from kernels.buckets import position_bits, position_bucket, time_bucket
 from kernels.matmul import matmul, silu_matmul
 from kernels.paged import PagedSight, PageTensor, Scaled, page_counts
 
-CACHED_WEIGHTS = 1 << 19  # of a head at once: 2 MiB of fp32
+CACHED_WEIGHTS = (
+    1 << 20
+)  # of a head at once: 4 MiB of fp32. Fewer, and products are too small; more, and L3 is full
 LEAST_ROWS = 32  # at once, however long the history
 # Rows that follow one another in a history have each a run of its own. Beyond so many runs a sequence the
 # blocks of `kernels.cpu`, which look a bias up for each pair, are faster.
