@@ -57,6 +57,7 @@ from grstream.work import Work, work_for
 logger = logging.getLogger(__name__)
 
 Future = concurrent.futures.Future
+HISTORIES_SHARE = 0.125  # of the cache's budget, beside it, for histories that may have to be encoded anew
 
 
 @dataclasses.dataclass(eq=False)
@@ -127,7 +128,7 @@ class Engine:
         self._active: collections.deque[_Request] = collections.deque()
         self._sequences: dict[tuple[Any, ...], Sequence] = {}  # of active requests
         self._rebuilding: tuple[int, Sequence] | None = None
-        self._versions = Versions(config.versions, config.max_version_age_s)
+        self._versions = self._no_versions()
         self._catalogue: Catalogue | None = None
         self._shelves: dict[int, Shelf] = {}  # by the version's identity
         self.cache: KVCache | None = None  # from the first version on
@@ -187,7 +188,7 @@ class Engine:
             if new_shape:
                 config = self._config
                 self.cache = KVCache(served.model, config.cache_bytes, config.page_tokens, config.page_dtype)
-                self._versions = Versions(config.versions, config.max_version_age_s)
+                self._versions = self._no_versions()
             self._drop_rebuilding()
             self._versions.add(served, time.monotonic())
             self._put(served, shelf)
@@ -587,6 +588,11 @@ class Engine:
             self._count["rebuilt"] += 1
             self._drop_rebuilding()
         return True
+
+    def _no_versions(self) -> Versions:
+        config = self._config
+        budget = int(config.cache_bytes * HISTORIES_SHARE)
+        return Versions(config.versions, config.max_version_age_s, budget)
 
     def _drop_rebuilding(self) -> None:
         if self._rebuilding is not None:

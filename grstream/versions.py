@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from grstream.histories import History
 from grstream.served import Served
 
-USERS = 1 << 16  # whose last history is remembered, to be rebuilt
+OBJECT_BYTES = 1000  # of a user's Python objects
 HEAT_S = 60.0  # how long a request counts for: its weight falls to 1/e
 
 
@@ -24,15 +24,26 @@ class _User:
     heat: float
     at: float
 
+    @property
+    def nbytes(self) -> int:
+        history = self.history
+        columns = (history.items, history.actions, history.times, history.features)
+        return OBJECT_BYTES + sum(column.nbytes for column in columns)
+
     def heat_now(self, now: float) -> float:
         return self.heat * math.exp((self.at - now) / HEAT_S)
 
 
 class Versions:
-    """The versions that are being served, the newest last. Not thread-safe."""
+    """The versions that are being served, the newest last. Not thread-safe.
 
-    def __init__(self, kept: int, max_age_s: float) -> None:
-        self._kept, self._max_age_s = kept, max_age_s
+    Of users it remembers the version and the last history, to encode it anew, within `budget` bytes; who
+    asked least recently is forgotten, and served by the newest version.
+    """
+
+    def __init__(self, kept: int, max_age_s: float, budget: int) -> None:
+        self._kept, self._max_age_s, self._budget = kept, max_age_s, budget
+        self.nbytes = 0
         self._versions: list[tuple[Served, float]] = []  # and when each was followed by the next
         self._users: collections.OrderedDict[int, _User] = collections.OrderedDict()
         self._cold: Iterator[int] | None = None  # users to be rebuilt, the hottest first
@@ -66,9 +77,11 @@ class Versions:
         """A user's request goes to this version."""
         known = self._users.pop(user, None)
         heat = 1.0 if known is None else 1.0 + known.heat_now(now)
+        self.nbytes -= 0 if known is None else known.nbytes
         self._users[user] = _User(history, served.number, heat, now)
-        if len(self._users) > USERS:
-            self._users.popitem(last=False)
+        self.nbytes += self._users[user].nbytes
+        while self.nbytes > self._budget:
+            self.nbytes -= self._users.popitem(last=False)[1].nbytes
 
     def rebuilt(self, user: int, served: Served) -> None:
         if user in self._users:

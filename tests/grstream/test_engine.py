@@ -516,6 +516,17 @@ def test_after_a_swap_a_cached_user_stays_until_rebuilt_the_hottest_first() -> N
     assert served.manifest.number == 3
 
 
+def test_users_are_remembered_within_a_budget_and_those_forgotten_go_to_the_newest_version() -> None:
+    served = engine(cache_bytes=40_000, max_version_age_s=1000)
+    pasts = {user: history(user, 20) for user in range(3)}
+    for user, past in pasts.items():
+        served.rank(past, ITEMS[:1], NOW, user=user)
+    assert 0 < served._versions.nbytes <= 5_000
+    served.swap(VERSIONS[3])
+    versions = [served.rank(pasts[user], ITEMS[:1], NOW, user=user).version for user in (2, 1, 0)]
+    assert versions == [1, 1, 3]
+
+
 def test_a_version_that_is_too_old_serves_nobody() -> None:
     served, past = engine(max_version_age_s=0.2), history(1, 20)
     served.rank(past, ITEMS[:1], NOW, user=1)
