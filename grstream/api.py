@@ -76,6 +76,7 @@ class _Listed(_Answer):
 
     user_id: Id
     version: int = pydantic.Field(description="the weights version that gave all of these scores")
+    arm: Literal["a", "b"] | None = pydantic.Field(None, description="of an A/B test of two versions")
     history_length: int = pydantic.Field(description="events the scores have seen; 0: a cold start")
     history_source: Literal["log", "request"] = pydantic.Field(description="where the history came from")
     position: Position | None = pydantic.Field(description="null where the request brought the history")

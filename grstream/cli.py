@@ -48,8 +48,12 @@ def weights(options: argparse.Namespace) -> int:
             store.pin(None)
         elif options.action == "rollback":
             store.rollback(options.to)
+        elif options.action == "ab" and options.number is None:
+            store.end_ab()
+        elif options.action == "ab":
+            store.begin_ab(options.number, options.share)
         print("\n".join(store.describe()))
-    except (config.ConfigError, WeightsError) as error:
+    except (config.ConfigError, WeightsError, ValueError) as error:
         print(f"grstream weights: {error}", file=sys.stderr)
         return 1
     return 0
@@ -89,7 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         "rollback", help="withdraw the newest version, or all above --to; what is published later is served"
     )
     back.add_argument("--to", type=int, metavar="NUMBER")
-    for action in (listing, pin, unpin, back):
+    ab = actions.add_parser("ab", help="serve some users another version beside; without NUMBER end that")
+    ab.add_argument("number", type=int, nargs="?", metavar="NUMBER")
+    ab.add_argument("--share", type=float, default=0.5, help="of users, chosen by a hash (%(default)s)")
+    for action in (listing, pin, unpin, back, ab):
         action.add_argument("--config", required=True, help="the YAML that trainer and scorers have")
     command.set_defaults(run=weights)
     return parser

@@ -12,6 +12,7 @@ names it. Imports neither Ray nor Kafka.
 import collections
 import concurrent.futures
 import dataclasses
+import hashlib
 import logging
 import threading
 import time
@@ -32,6 +33,7 @@ from grstream.kv_cache import CacheFull, KVCache
 from grstream.pages import page_bytes
 from grstream.schema import Schema
 from grstream.scores import (
+    Arm,
     DeadlineExceeded,
     Encoded,
     EngineNotReady,
@@ -44,6 +46,7 @@ from grstream.scores import (
     Retrieve,
     Retrieved,
     Reuse,
+    UnusableWeights,
     WrongFeatures,
 )
 from grstream.sequences import Part, Sequence, encode, held, room_for
@@ -71,6 +74,7 @@ class _Request:
     # Behind the history, for this request alone: what its context changes.
     context: HistoryTokens | None = None
     own_pages: list[int] = dataclasses.field(default_factory=list)
+    arm: Arm | None = None
 
     @property
     def ready(self) -> bool:
@@ -129,6 +133,7 @@ class Engine:
         self._sequences: dict[tuple[Any, ...], Sequence] = {}  # of active requests
         self._rebuilding: tuple[int, Sequence] | None = None
         self._versions = self._no_versions()
+        self._beside: tuple[Served, float] | None = None  # of an A/B test, and its share of users
         self._catalogue: Catalogue | None = None
         self._shelves: dict[int, Shelf] = {}  # by the version's identity
         self.cache: KVCache | None = None  # from the first version on
@@ -186,6 +191,11 @@ class Engine:
         shelf = Shelf.of(served, self._catalogue)
         with self._turn:
             if new_shape:
+                if self._beside is not None:
+                    logger.warning(
+                        "the A/B test has ended here: version %d is of another shape", version.number
+                    )
+                self._beside = None
                 config = self._config
                 self.cache = KVCache(served.model, config.cache_bytes, config.page_tokens, config.page_dtype)
                 self._versions = self._no_versions()
@@ -195,19 +205,47 @@ class Engine:
         with self._wake:
             self._wake.notify_all()
 
+    def serve_beside(self, version: WeightsVersion | None, share: float = 0.0) -> None:
+        """Have a version answer a share of the users, chosen by a hash, in place of all others; None: no one.
+
+        Raises UnusableWeights, and goes on as before, also where its pages are not those of the version that
+        serves the others.
+        """
+        newest = self._versions.newest
+        beside = None
+        if version is not None:
+            served = build(version, self.device, self._schema, None, self._config.index == "faiss")
+            if newest is None or _shape(newest) != _shape(served):
+                raise UnusableWeights(
+                    f"weights version {version.number} cannot serve beside another one whose layers differ"
+                )
+            beside = served, share
+        with self._turn:
+            self._beside = beside
+            if beside is not None:
+                self._put(beside[0], Shelf.of(beside[0], self._catalogue))
+
+    @property
+    def beside(self) -> tuple[int, float] | None:
+        """Number and share of the version that some of the users are served by."""
+        return None if self._beside is None else (self._beside[0].number, self._beside[1])
+
     def announce(self, catalogue: Catalogue) -> None:
         """Retrieve by another catalogue from now on: without what it withdraws, with what it announces."""
-        versions = self._versions.all()
+        versions = self._live()
         shelves = [Shelf.of(served, catalogue) for served in versions]
         with self._turn:
             self._catalogue = catalogue
             for served, shelf in zip(versions, shelves, strict=True):
                 self._put(served, shelf)
 
+    def _live(self) -> list[Served]:
+        return [*self._versions.all(), *([self._beside[0]] if self._beside else [])]
+
     def _put(self, served: Served, shelf: Shelf) -> None:
         if shelf.catalogue is not self._catalogue:  # another one came while this was made
             shelf = Shelf.of(served, self._catalogue)
-        live = {id(version) for version in self._versions.all()}
+        live = {id(version) for version in self._live()}
         self._shelves = {key: held for key, held in self._shelves.items() if key in live}
         if id(served) in live:
             self._shelves[id(served)] = shelf
@@ -335,7 +373,7 @@ class Engine:
             )
             return
         try:
-            work, sequence = self._begin(ask, now)
+            work, sequence, request.arm = self._begin(ask, now)
         except WrongFeatures as error:
             self._fail(request, error)
             return
@@ -354,7 +392,10 @@ class Engine:
         )
         request.context = context if len(context) else None
 
-    def _begin(self, ask: Rank | Retrieve, now: float) -> tuple[Work, Sequence]:
+    def _begin(self, ask: Rank | Retrieve, now: float) -> tuple[Work, Sequence, Arm | None]:
+        arm: Arm | None = None if self._beside is None else "a"
+        if self._beside is not None and ask.user is not None and _within(ask.user, *self._beside):
+            return *self._sequence(ask, self._beside[0]), "b"
         served = self._versions.of(ask.user, now)
         assert served is not None
         work, sequence = self._sequence(ask, served)
@@ -367,7 +408,7 @@ class Engine:
                 work, sequence = self._sequence(ask, served)
         if ask.user is not None:
             self._versions.answered(ask.user, ask.history, served, now)
-        return work, sequence
+        return work, sequence, arm
 
     def _sequence(self, ask: Rank | Retrieve, served: Served) -> tuple[Work, Sequence]:
         assert self.cache is not None
@@ -520,7 +561,7 @@ class Engine:
             took_ms=1e3 * took,
         )
         try:
-            answer = work.answer(sequence, encoded)
+            answer = dataclasses.replace(work.answer(sequence, encoded), arm=request.arm)
         except NonFiniteScores as error:
             self._fail(request, error)
             return
@@ -598,6 +639,12 @@ class Engine:
         if self._rebuilding is not None:
             self._rebuilding[1].release()
             self._rebuilding = None
+
+
+def _within(user: int, served: Served, share: float) -> bool:
+    """Whether a user belongs to arm b of the test of this version: others in the test of another one."""
+    told = f"{served.number} {user}".encode()
+    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big") < share * 2**64
 
 
 def _shape(served: Served) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ Apart from the engine so that a process which only passes answers on, like the g
 
 import dataclasses
 import enum
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +76,9 @@ class Recommend(Retrieve):
     weights: tuple[tuple[str, float], ...]  # of actions
 
 
+Arm = Literal["a", "b"]  # of an A/B test: all others, and those who are served by the version beside
+
+
 class Reuse(enum.StrEnum):
     """What the cache of keys and values spared a request."""
 
@@ -103,6 +107,7 @@ class Ranked:
     reuse: Reuse
     actions: tuple[str, ...]  # (A,) their names
     encoded: Encoded | None = None
+    arm: Arm | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +120,7 @@ class Retrieved:
     version: int
     reuse: Reuse
     encoded: Encoded | None = None
+    arm: Arm | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,3 +135,4 @@ class Recommended:
     version: int
     reuse: Reuse
     encoded: Encoded | None = None
+    arm: Arm | None = None

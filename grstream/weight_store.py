@@ -39,6 +39,7 @@ from grstream.weight_files import (
 )
 from grstream.weights import (
     FORMAT,
+    Beside,
     Changed,
     CorruptWeights,
     Delta,
@@ -67,6 +68,7 @@ class Orders(Stored):
 
     pinned: int | None = None  # this one, whatever is published
     withdrawn: list[int] = pydantic.Field([], description="never these")
+    beside: Beside | None = None  # and this one to some of the users
 
     def newest(self, numbers: Sequence[int]) -> int | None:
         """The newest of these versions that is not withdrawn."""
@@ -232,8 +234,36 @@ class WeightStore:
         else:
             self._order(before.model_copy(update={"pinned": None}))
 
+    def beside(self) -> Beside | None:
+        """The version that some of the users are to be served by, instead of the one for all."""
+        return self.orders().beside
+
+    def begin_ab(self, number: int, share: float) -> None:
+        """Have a version serve a share of the users, 0 < share < 1, chosen by a hash; the others go on.
+
+        Raises ValueError for another share, and VersionMissing or CorruptWeights, with nothing ordered.
+        """
+        before = self.orders()
+        if not 0 < share < 1:
+            raise ValueError(f"the share of users must lie between 0 and 1, not at {share}")
+        if number not in self.numbers() or number in before.withdrawn:
+            raise VersionMissing(f"no weights version {number} in {self._directory}, or it is withdrawn")
+        beside = Beside(number=number, share=share)
+        self._order(before.model_copy(update={"beside": beside}))  # before it is read, as with a pin
+        try:
+            self.load(number)
+        except WeightsError:
+            self._order(before)
+            raise
+
+    def end_ab(self) -> None:
+        """All users are served alike again."""
+        self._order(self.orders().model_copy(update={"beside": None}))
+
     def rollback(self, to: int | None = None) -> int:
         """Withdraw all versions above `to` for ever, and any pin; what is published later is served.
+
+        An A/B test ends with the withdrawal of its version.
 
         Without `to`, the newest one that is not withdrawn goes. Returns the version that is now to be served.
         Raises VersionMissing where there is none or it is withdrawn, CorruptWeights where it cannot be read.
@@ -249,13 +279,15 @@ class WeightStore:
         self.load(to)
         # Pruned ones need no mention: their numbers never come back.
         withdrawn = [n for n in numbers if n > to or n in before.withdrawn]
-        self._order(Orders(withdrawn=withdrawn))
+        beside = None if before.beside is None or before.beside.number in withdrawn else before.beside
+        self._order(Orders(withdrawn=withdrawn, beside=beside))
         return to
 
     def describe(self) -> list[str]:
         """A table of the versions, newest first: a heading, and a line each."""
         orders, numbers = self.orders(), self.numbers()
         served = orders.newest(numbers) if orders.pinned is None else orders.pinned
+        beside = orders.beside
         lines = [
             f"{'version':>10}  {'step':>9}  {'events':>12}  {'newest event':19}  {'published':19}  "
             f"{'MiB':>7}  {'builds on':>9}"
@@ -272,6 +304,7 @@ class WeightStore:
                 *(["withdrawn"] if number in orders.withdrawn else []),
                 *(["pinned"] if number == orders.pinned else []),
                 *(["to be served"] if number == served else []),
+                *([f"to {beside.share:.0%} of users"] if beside and number == beside.number else []),
             ]
             lines.append(
                 f"{number:10}  {manifest.step:9,}  {events:12,}  {_utc(manifest.newest_event_ms)}  "
@@ -290,14 +323,16 @@ class WeightStore:
     def prune(self, keep: int) -> list[int]:
         """Delete all but the newest `keep` versions that are not withdrawn, and what dead writers left.
 
-        The newest and the pinned one are kept, too, and so is every one that a kept one builds on. A version
-        goes at once, by a rename, so that a reader misses it whole. Returns the numbers deleted.
+        The newest, the pinned one and the one of an A/B test are kept, too, and so is every one that a kept
+        one builds on. A version goes at once, by a rename, so that a reader misses it whole. Returns the
+        numbers deleted.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, or numbers could be given twice; got {keep}")
         numbers, orders = self.numbers(), self.orders()
         good = [number for number in numbers if number not in orders.withdrawn]
-        kept = self._needed({n for n in numbers if n in good[-keep:] or n in (numbers[-1], orders.pinned)})
+        always = [*numbers[-1:], orders.pinned, orders.beside and orders.beside.number]
+        kept = self._needed({n for n in numbers if n in good[-keep:] or n in always})
         gone = [number for number in numbers if number not in kept]
         for number in reversed(gone):  # what builds on another goes first
             directories.disappear(self._path(number))

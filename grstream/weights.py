@@ -222,6 +222,15 @@ class WeightsVersion:
         return self.manifest.number
 
 
+class Beside(pydantic.BaseModel):
+    """Arm b of an A/B test: a version for some of the users, chosen by a hash."""
+
+    model_config = pydantic.ConfigDict(frozen=True)
+
+    number: int
+    share: float = pydantic.Field(gt=0, lt=1)  # of users
+
+
 class WeightSource(Protocol):
     """Where a scorer gets its weights from."""
 
@@ -231,6 +240,14 @@ class WeightSource(Protocol):
 
     def reject(self, number: int) -> None:
         """Never give this version again: it turned out not to be usable."""
+        ...
+
+    def beside(self) -> "Beside | None":
+        """What is to be served to some of the users."""
+        ...
+
+    def load(self, number: int) -> WeightsVersion:
+        """A version by its number. Raises VersionMissing and CorruptWeights."""
         ...
 
     def wait(self, timeout_s: float) -> None:

@@ -38,6 +38,7 @@ class Listing:
     exposure_id: str  # item i has the exposure id `<this>/<i>`
     by: str
     version: int
+    arm: str | None
     at_ms: int
     user: Id
     context: dict[str, Id]
@@ -60,7 +61,7 @@ class Listing:
                 context=self.context,
                 item_features=self.item_features[i] if self.item_features else {},
                 exposure_id=f"{self.exposure_id}/{i}",
-                served=Served(by=self.by, version=self.version, score=score, rank=rank),
+                served=Served(by=self.by, version=self.version, arm=self.arm, score=score, rank=rank),
             )
 
 

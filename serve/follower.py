@@ -5,7 +5,7 @@ import threading
 from typing import Protocol
 
 from grstream.scores import UnusableWeights
-from grstream.weights import Manifest, WeightsError, WeightSource, WeightsVersion
+from grstream.weights import Beside, Manifest, WeightsError, WeightSource, WeightsVersion
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,11 @@ class Swappable(Protocol):
 
     def swap(self, version: WeightsVersion) -> None: ...
 
+    @property
+    def beside(self) -> tuple[int, float] | None: ...
+
+    def serve_beside(self, version: WeightsVersion | None, share: float = 0.0) -> None: ...
+
 
 class WeightsFollower:
     """Polls a source and swaps what it says into an engine; a version that is no good is left out."""
@@ -25,6 +30,7 @@ class WeightsFollower:
     def __init__(self, source: WeightSource, engine: Swappable, poll_s: float) -> None:
         self._source, self._engine, self._poll_s = source, engine, poll_s
         self._stopping = threading.Event()
+        self._unusable: Beside | None = None  # of an A/B test, reported once
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
 
     def start(self) -> None:
@@ -56,6 +62,26 @@ class WeightsFollower:
         logger.info("serving weights version %d of step %d", version.number, version.manifest.step)
         return False
 
+    def follow_ab(self) -> None:
+        """Have the engine serve some of the users what is ordered for them."""
+        wanted = self._source.beside()
+        if self._engine.manifest is None or wanted == self._unusable:
+            return
+        held = self._engine.beside
+        if wanted is None:
+            if held is not None:
+                self._engine.serve_beside(None)
+                logger.info("the A/B test has ended")
+        elif held != (wanted.number, wanted.share):
+            try:
+                self._engine.serve_beside(self._source.load(wanted.number), wanted.share)
+            except UnusableWeights as error:
+                logger.error("%s; all users are served alike", error)
+                self._unusable = wanted
+                return
+            logger.info("version %d serves %.0f %% of users", wanted.number, 100 * wanted.share)
+        self._unusable = None
+
     def _run(self) -> None:
         while not self._stopping.is_set():
             if not self._look():
@@ -63,7 +89,9 @@ class WeightsFollower:
 
     def _look(self) -> bool:
         try:
-            return self.poll()
+            again = self.poll()
+            self.follow_ab()
+            return again
         except (OSError, WeightsError) as error:  # shared storage may be away for a while
             logger.error("cannot read weights versions: %s", error)
             return False

@@ -237,7 +237,7 @@ class Gateway:
         features = [candidate.item_features for candidate in request.candidates]
         scores = found.probabilities @ weights
         return RankAnswer(
-            exposure_id=self._log(request, "rank", found.version, asked.ids, scores, features),
+            exposure_id=self._log(request, "rank", found, asked.ids, scores, features),
             **self._listed(request, held, found),
             results=[
                 Scored(item_id=shown(i), scores=dict(zip(found.actions, p, strict=True)), known=k)
@@ -249,7 +249,7 @@ class Gateway:
         found, held, shown = await self._find(request, self._backend.retrieve)
         ids = _ids(found.items, found.names)
         return RetrieveAnswer(
-            exposure_id=self._log(request, "retrieve", found.version, ids, found.scores),
+            exposure_id=self._log(request, "retrieve", found, ids, found.scores),
             **self._listed(request, held, found),
             results=[
                 Found(item_id=shown(i), score=s) for i, s in zip(ids, found.scores.tolist(), strict=True)
@@ -261,7 +261,7 @@ class Gateway:
         ids = _ids(found.items, found.names)
         columns = (ids, found.scores.tolist(), found.probabilities.tolist())
         return RecommendAnswer(
-            exposure_id=self._log(request, "recommend", found.version, ids, found.scores),
+            exposure_id=self._log(request, "recommend", found, ids, found.scores),
             **self._listed(request, held, found),
             results=[
                 Recommendation(item_id=shown(i), score=s, scores=dict(zip(found.actions, p, strict=True)))
@@ -410,6 +410,7 @@ class Gateway:
         return {
             "user_id": _as_given(request.ids_as_strings)(request.user_id),
             "version": found.version,
+            "arm": found.arm,
             "history_length": events,
             "history_source": "request" if held.position is None else "log",
             "position": held.position,
@@ -421,7 +422,7 @@ class Gateway:
         self,
         request: ForUser,
         by: str,
-        version: int,
+        found: Ranked | Retrieved | Recommended,
         ids: list[Id],
         scores: npt.NDArray[np.float32],
         item_features: Sequence[dict[str, Id]] = (),
@@ -431,7 +432,8 @@ class Gateway:
             return None
         exposure_id = uuid.uuid4().hex
         at_ms, user, context = now_ms(), request.user_id, request.context
-        self._exposures(Listing(exposure_id, by, version, at_ms, user, context, ids, scores, item_features))
+        told = (exposure_id, by, found.version, found.arm, at_ms, user, context)
+        self._exposures(Listing(*told, ids, scores, item_features))
         return exposure_id
 
     async def _batch(

@@ -46,19 +46,19 @@ NOW = 1_700_000_000_000
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
-def version(number: int, layout: str = "fused") -> WeightsVersion:
+def version(number: int, layout: str = "fused", model: ModelConfig = MODEL) -> WeightsVersion:
     """Random weights with biases that matter; each number its own."""
     torch.manual_seed(number)
-    recipe = RECIPE.model_copy(update={"model": MODEL.model_copy(update={"layout": layout})})
-    model = HSTU(recipe.model, actions=2)
+    recipe = RECIPE.model_copy(update={"model": model.model_copy(update={"layout": layout})})
+    made = HSTU(recipe.model, actions=2)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in made.named_parameters():
             if "bias" in name:
                 parameter.normal_(std=0.3)
     draw = np.random.default_rng(number)
     keys = np.concatenate([ITEMS[:30], PLACES[:3]])
     weights = Weights(
-        dense={name: tensor.numpy().copy() for name, tensor in model.state_dict().items()},
+        dense={name: tensor.numpy().copy() for name, tensor in made.state_dict().items()},
         keys=keys,
         rows=draw.normal(size=(len(keys), MODEL.dim)).astype(np.float32),
         items=np.arange(len(keys)) < 30,
@@ -514,6 +514,51 @@ def test_after_a_swap_a_cached_user_stays_until_rebuilt_the_hottest_first() -> N
     assert [ask(user) for user in range(3)] == [(3, Reuse.HIT)] * 3
     assert served.manifest is not None
     assert served.manifest.number == 3
+
+
+def test_two_versions_side_by_side_share_users_by_a_hash_and_each_answer_says_its_arm() -> None:
+    served, past = engine(max_version_age_s=1000), history(1, 20)
+    expected = {
+        n: from_scratch(VERSIONS[n], past, ITEMS[:2], np.full((2, 3), ABSENT, np.int64), NOW)
+        for n in (1, 2, 3)
+    }
+
+    def arms(count: int = 200) -> dict[int, tuple[str | None, int]]:
+        found = {}
+        for user in range(count):
+            ranked = served.rank(past, ITEMS[:2], NOW, user=user)
+            np.testing.assert_allclose(ranked.probabilities, expected[ranked.version], **TOLERANCE)
+            found[user] = (ranked.arm, ranked.version)
+        return found
+
+    assert set(arms(5).values()) == {(None, 1)}
+    served.serve_beside(VERSIONS[3], 0.25)
+    assert served.beside == (3, 0.25)
+    split = arms()
+    assert set(split.values()) == {("a", 1), ("b", 3)}
+    assert 25 < sum(arm == "b" for arm, _ in split.values()) < 75
+    assert served.rank(past, ITEMS[:2], NOW).arm == "a", "whoever is not known"
+    served.announce(catalogue((35, 0, True)))
+    for user in range(20):
+        found = served.retrieve(past, 50, NOW, user=user)
+        assert (found.arm, found.version) == split[user]
+        assert int(keys_of_ints(Namespace.ITEM, np.array([35]))[0]) in found.items
+    served.swap(VERSIONS[2])
+    while served.rebuild():
+        pass
+    assert {user: arm for user, (arm, _) in arms().items()} == {user: arm for user, (arm, _) in split.items()}
+    assert {version for arm, version in arms().values() if arm == "a"} == {2}
+    served.serve_beside(VERSIONS[1], 0.25)
+    other = arms()
+    assert {u for u, (arm, _) in other.items() if arm == "b"} != {
+        u for u, (arm, _) in split.items() if arm == "b"
+    }
+    served.serve_beside(None)
+    assert served.beside is None
+    assert set(arms().values()) == {(None, 2)}
+    deeper = version(9, model=MODEL.model_copy(update={"layers": 3}))
+    with pytest.raises(UnusableWeights, match="layers differ"):
+        served.serve_beside(deeper, 0.5)
 
 
 def test_users_are_remembered_within_a_budget_and_those_forgotten_go_to_the_newest_version() -> None:

@@ -16,6 +16,7 @@ from grstream.config import ModelConfig
 from grstream.weight_files import DENSE, NAMES, ROWS
 from grstream.weight_store import MANIFEST, MANIFEST_DIGEST, ORDERS, Orders, WeightStore
 from grstream.weights import (
+    Beside,
     CorruptWeights,
     Manifest,
     NonFiniteWeights,
@@ -307,12 +308,44 @@ def test_rollback_withdraws_what_is_newer_and_lets_later_versions_through(tmp_pa
         store.rollback()
 
 
+def test_an_ab_test_keeps_its_version_and_ends_with_its_withdrawal(tmp_path: pathlib.Path) -> None:
+    store = WeightStore(tmp_path)
+    for seed in range(3):
+        publish(store, seed)
+    store.begin_ab(2, 0.25)
+    assert WeightStore(tmp_path).beside() == Beside(number=2, share=0.25)
+    assert store.instead_of(0).number == 3, "the others are served the newest"
+    for seed in range(3, 6):
+        publish(store, seed)
+    assert store.prune(keep=1) == [1, 3, 4, 5]
+    for share in (0.0, 1.0, -1.0):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            store.begin_ab(2, share)
+    with pytest.raises(VersionMissing, match="no weights version 3"):
+        store.begin_ab(3, 0.5)
+    assert store.beside() == Beside(number=2, share=0.25)
+    publish(store, 6)
+    assert store.rollback(to=6) == 6
+    assert store.beside() == Beside(number=2, share=0.25), "it is older than what was withdrawn"
+    store.begin_ab(6, 0.5)
+    assert store.rollback(to=2) == 2
+    assert store.beside() is None
+    store.begin_ab(2, 0.5)
+    store.end_ab()
+    assert store.orders() == Orders(withdrawn=[6, 7])
+
+
 def test_what_cannot_be_served_is_not_ordered(tmp_path: pathlib.Path) -> None:
     store = WeightStore(tmp_path)
     publish(store)
     publish(store)
     file_of(tmp_path, 1, ROWS).write_bytes(b"x")
-    for order in (lambda: store.pin(1), lambda: store.rollback(), lambda: store.pin(7)):
+    for order in (
+        lambda: store.pin(1),
+        lambda: store.rollback(),
+        lambda: store.pin(7),
+        lambda: store.begin_ab(1, 0.5),
+    ):
         with pytest.raises((CorruptWeights, VersionMissing)):
             order()
         assert store.orders() == Orders()
@@ -344,6 +377,10 @@ def test_the_command_lists_and_orders(tmp_path: pathlib.Path, capsys: pytest.Cap
     assert oldest.endswith("pinned, to be served")
     newest, oldest = run("unpin")
     assert newest.endswith("to be served")
+    newest, oldest = run("ab", "1", "--share", "0.1")
+    assert oldest.endswith("to 10% of users")
+    newest, oldest = run("ab")
+    assert not oldest.endswith("users")
     newest, oldest = run("rollback")
     assert newest.endswith("withdrawn")
     assert oldest.endswith("to be served")

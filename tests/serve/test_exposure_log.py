@@ -33,7 +33,7 @@ def config_for(bootstrap: str, timeout_ms: int = 3000) -> Config:
 
 def listing(items: int = 3, user: int | str = 7) -> Listing:
     scores = np.arange(items, dtype=np.float32)
-    return Listing("abc", "rank", 4, 1000, user, {"place": 9}, [*range(items)], scores)
+    return Listing("abc", "rank", 4, "b", 1000, user, {"place": 9}, [*range(items)], scores)
 
 
 def test_what_is_answered_is_what_is_logged() -> None:
@@ -73,7 +73,7 @@ def test_a_listing_is_an_impression_an_item_that_readers_decode(kafka_bootstrap:
     log = ExposureLog(config)
     scores = np.array([0.25, 0.75, 0.5], np.float32)
     features = [{}, {"genre": "noir"}, {}]
-    log.add(Listing("abc", "rank", 4, 1000, 7, {"place": 9}, [1, "x", 2], scores, features))
+    log.add(Listing("abc", "rank", 4, "b", 1000, 7, {"place": 9}, [1, "x", 2], scores, features))
     log.close(30)
     assert log.dropped == 0
     records = []
@@ -99,7 +99,7 @@ def test_a_listing_is_an_impression_an_item_that_readers_decode(kafka_bootstrap:
     assert batch.exposures.tolist() == expected.tolist()
     served = [EventSchema(config.events).validate(r.value).served for r in records]
     told: list[Any] = [(s.by, s.version, s.score, s.rank, s.arm) for s in served if s]
-    assert told == [("rank", 4, 0.25, 2, None), ("rank", 4, 0.75, 0, None), ("rank", 4, 0.5, 1, None)]
+    assert told == [("rank", 4, 0.25, 2, "b"), ("rank", 4, 0.75, 0, "b"), ("rank", 4, 0.5, 1, "b")]
 
 
 def test_what_the_log_does_not_take_is_dropped_and_counted_and_waited_for_by_nobody(

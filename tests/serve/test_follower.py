@@ -5,7 +5,7 @@ import pytest
 
 from grstream.config import ModelConfig
 from grstream.scores import UnusableWeights
-from grstream.weights import Manifest, Recipe, WeightsVersion
+from grstream.weights import Beside, Manifest, Recipe, WeightsVersion
 from serve.follower import WeightsFollower
 
 RECIPE = Recipe(model=ModelConfig(), actions=["click"], features=[], vocabulary_seed=0)
@@ -25,6 +25,13 @@ class Source:
         self.numbers = list(numbers)
         self.rejected: list[int] = []
         self.away = False
+        self.some: Beside | None = None
+
+    def beside(self) -> Beside | None:
+        return self.some
+
+    def load(self, number: int) -> WeightsVersion:
+        return version(number)
 
     def instead_of(self, number: int) -> WeightsVersion | None:
         if self.away:
@@ -43,6 +50,14 @@ class Engine:
     def __init__(self, *unusable: int) -> None:
         self.unusable = unusable
         self.manifest: Manifest | None = None
+        self.beside: tuple[int, float] | None = None
+        self.told: list[int | None] = []
+
+    def serve_beside(self, held: WeightsVersion | None, share: float = 0.0) -> None:
+        self.told.append(None if held is None else held.number)
+        if held is not None and held.number in self.unusable:
+            raise UnusableWeights(f"version {held.number} is not finite")
+        self.beside = None if held is None else (held.number, share)
 
     def swap(self, held: WeightsVersion) -> None:
         if held.number in self.unusable:
@@ -91,3 +106,28 @@ def test_storage_that_is_away_for_a_while_is_followed_again_when_it_is_back() ->
         time.sleep(0.001)
     follower.stop()
     assert not follower.is_alive()
+
+
+def test_a_version_for_some_users_is_followed_and_one_that_is_no_good_is_tried_once() -> None:
+    source, engine = Source(1, 2), Engine(3)
+    follower = WeightsFollower(source, engine, poll_s=1)
+    source.some = Beside(number=1, share=0.25)
+    follower.follow_ab()
+    assert engine.told == [], "before the first version there is nothing to be beside of"
+    follower.poll()
+    for _ in range(2):
+        follower.follow_ab()
+    assert engine.told == [1]
+    assert engine.beside == (1, 0.25)
+    source.some = Beside(number=1, share=0.5)
+    follower.follow_ab()
+    assert engine.beside == (1, 0.5)
+    source.some = Beside(number=3, share=0.5)
+    for _ in range(2):
+        follower.follow_ab()
+    assert engine.told == [1, 1, 3]
+    source.some = None
+    for _ in range(2):
+        follower.follow_ab()
+    assert engine.told == [1, 1, 3, None]
+    assert engine.beside is None
