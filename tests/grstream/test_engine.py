@@ -227,7 +227,7 @@ class AnyInterleaving(RuleBasedStateMachine):
     def start(self, pages: int, micro_batch: int, age: float, tokens: int) -> None:
         self.budget = pages * PAGE_BYTES
         self.engine = engine(1, micro_batch, self.budget, max_version_age_s=age)
-        self.engine.cost = dataclasses.replace(self.engine.cost, most_tokens=tokens)
+        self.engine.steps.cost = dataclasses.replace(self.engine.steps.cost, most_tokens=tokens)
         self.numbers = {1}  # of versions that may answer
         self.newest = 1
 
@@ -334,11 +334,11 @@ class AnyInterleaving(RuleBasedStateMachine):
     @invariant()
     def holds_nothing_between_requests_and_keeps_within_its_budget(self) -> None:
         if hasattr(self, "engine"):
-            assert self.engine.cache is not None
-            assert 0 <= self.engine.cache.nbytes <= self.budget
-            held = {page for _, s in [self.engine._rebuilding or (0, None)] if s for page in s.pages}
-            for page in range(self.engine.cache.capacity):
-                assert self.engine.cache.holders(page) == (page in held)
+            assert self.engine.steps.cache is not None
+            assert 0 <= self.engine.steps.cache.nbytes <= self.budget
+            held = {page for _, s in [self.engine.steps.rebuilding or (0, None)] if s for page in s.pages}
+            for page in range(self.engine.steps.cache.capacity):
+                assert self.engine.steps.cache.holders(page) == (page in held)
 
 
 def test_no_interleaving_of_change_and_request_shows_in_a_score() -> None:
@@ -428,7 +428,7 @@ def test_a_large_request_does_not_hold_up_a_small_one() -> None:
 
 def test_a_long_history_is_encoded_in_parts_between_which_others_are_answered() -> None:
     served, long = engine(), history(3, 300)
-    served.cost = dataclasses.replace(served.cost, most_tokens=32)
+    served.steps.cost = dataclasses.replace(served.steps.cost, most_tokens=32)
     slow = served.ask(Rank(history=long, at_ms=NOW, user=1, items=ITEMS[:2]))
     steps = 0
     while not slow.done():
@@ -566,7 +566,7 @@ def test_users_are_remembered_within_a_budget_and_those_forgotten_go_to_the_newe
     pasts = {user: history(user, 20) for user in range(3)}
     for user, past in pasts.items():
         served.rank(past, ITEMS[:1], NOW, user=user)
-    assert 0 < served._versions.nbytes <= 5_000
+    assert 0 < served.steps.versions.nbytes <= 5_000
     served.swap(VERSIONS[3])
     versions = [served.rank(pasts[user], ITEMS[:1], NOW, user=user).version for user in (2, 1, 0)]
     assert versions == [1, 1, 3]
@@ -592,8 +592,8 @@ def test_smaller_pages_round_within_a_bound(dtype: str, bound: float) -> None:
     expected = from_scratch(VERSIONS[1], past, items, features, NOW)
     error = np.abs(ranked.probabilities - expected).max()
     assert 1e-6 < error < bound
-    assert served.cache is not None
-    assert engine().cache.nbytes == 0
+    assert served.steps.cache is not None
+    assert engine().steps.cache.nbytes == 0
 
 
 def test_a_history_s_tokens_are_those_of_training() -> None:

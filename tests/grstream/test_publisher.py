@@ -477,7 +477,7 @@ def test_an_engine_that_took_deltas_scores_as_one_built_from_the_whole(
         if not poll:
             continue
         version = reader.instead_of(followed.manifest.number if followed.manifest else 0)
-        before = followed._versions.newest
+        before = followed.steps.versions.newest
         held = None if before is None else said_of(before)
         followed.swap(version)
         if before is not None:
