@@ -72,14 +72,7 @@ class Sequence:
     def make_room(self, count: int) -> None:
         """Have pages of its own for `count` tokens more. Raises CacheFull, and changes nothing."""
         page = self.cache.page_tokens
-        filled = self.done % page
-        # A last page that is not full may be another request's, too, which extends it by something else.
-        shared = filled > 0 and self.cache.holders(self.pages[-1]) > 1
-        new = self.cache.take(-(-(self.done + count) // page) - len(self.pages) + shared)
-        if shared:
-            self.cache.copy(self.pages[-1], new[0])
-            self.cache.release([self.pages.pop()])
-        self.pages += new
+        self.pages += self.cache.take(-(-(self.done + count) // page) - len(self.pages))
 
     def encoded(self, count: int) -> None:
         """Its next `count` tokens are there now: full pages get their address, and the rest is its user's."""

@@ -12,10 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from grstream.catalogue import Catalogue, CatalogueFold, ItemBatch
 from grstream.config import ModelConfig, ServeConfig
+from grstream.cost import Line
 from grstream.engine import Engine
 from grstream.histories import History
 from grstream.history_tokens import HistoryTokens, memory_tokens
 from grstream.keys import ABSENT, Keys, Namespace, ints_of_keys, keys_of_ints
+from grstream.kv_cache import CacheFull, KVCache
 from grstream.model import HSTU
 from grstream.pages import page_bytes
 from grstream.schema import Schema, placed
@@ -27,6 +29,7 @@ from grstream.scores import (
     Rank,
     Ranked,
     Recommend,
+    Retrieve,
     Reuse,
     UnusableWeights,
     WrongFeatures,
@@ -424,6 +427,43 @@ def test_a_large_request_does_not_hold_up_a_small_one() -> None:
         served.rank(history(0, 0), ITEMS[:1], NOW)
     alone = engine().rank(past, ITEMS, NOW)
     np.testing.assert_allclose(large.result().probabilities[:40], alone.probabilities, **TOLERANCE)
+
+
+def test_a_request_that_waits_sees_nothing_of_what_its_user_does_meanwhile() -> None:
+    """Its last page is extended by a later request before it is scored."""
+    served, past = engine(micro_batch=1), history(1, 20)
+    longer = grown(past, history(2, 2))
+    cost = served.steps.cost
+    served.steps.cost = dataclasses.replace(cost, scoring=Line(1.0, 1.0, 1.0), encoding=Line(0, 1e-9, 1e-12))
+    asks = [
+        Rank(history=history(3, 4), at_ms=NOW, items=ITEMS[:3]),
+        Retrieve(history=past, at_ms=NOW, user=1, k=30),
+        Retrieve(history=longer, at_ms=NOW, user=1, k=30),
+    ]
+    futures = [served.ask(ask) for ask in asks]
+    while not all(future.done() for future in futures):
+        served.rank(history(0, 0), ITEMS[:1], NOW)
+    for future, then in ((futures[1], past), (futures[2], longer)):
+        scores = nearest(VERSIONS[1], then, np.full(2, ABSENT, np.int64), NOW)
+        found = dict(zip(future.result().items.tolist(), future.result().scores.tolist(), strict=True))
+        np.testing.assert_allclose([found[key] for key in scores], list(scores.values()), **TOLERANCE)
+    assert futures[2].result().encoded.cached == futures[1].result().encoded.tokens
+
+
+def test_a_page_that_two_hold_is_nobody_else_s_until_both_let_go() -> None:
+    cache = KVCache(HSTU(MODEL, actions=2), 3 * PAGE_BYTES, 16)
+    (page,) = cache.take(1)
+    assert cache.keep(page, b"x") == page
+    assert cache.find([b"x", b"y"]) == [page]
+    cache.release([page])
+    with pytest.raises(CacheFull):
+        cache.take(3)
+    assert page not in cache.take(2)
+    with pytest.raises(CacheFull):
+        cache.take(1)
+    cache.release([page])
+    assert cache.take(1) == [page]
+    assert cache.find([b"x"]) == []
 
 
 def test_a_long_history_is_encoded_in_parts_between_which_others_are_answered() -> None:
