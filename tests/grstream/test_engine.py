@@ -89,6 +89,11 @@ def history(seed: int, n: int) -> History:
     )
 
 
+def plain_history(seed: int, n: int) -> History:
+    """Without features, so that every event is one token."""
+    return dataclasses.replace(history(seed, n), features=np.full((n, 3), ABSENT, np.int64))
+
+
 def model_of(held: WeightsVersion) -> HSTU:
     model = HSTU(held.manifest.recipe.model, actions=2).eval()
     model.load_state_dict({k: torch.from_numpy(v) for k, v in held.weights.dense.items()})
@@ -431,8 +436,8 @@ def test_a_large_request_does_not_hold_up_a_small_one() -> None:
 
 def test_a_request_that_waits_sees_nothing_of_what_its_user_does_meanwhile() -> None:
     """Its last page is extended by a later request before it is scored."""
-    served, past = engine(micro_batch=1), history(1, 20)
-    longer = grown(past, history(2, 2))
+    served, past = engine(micro_batch=1), plain_history(1, 20)
+    longer = grown(past, plain_history(2, 2))
     cost = served.steps.cost
     served.steps.cost = dataclasses.replace(cost, scoring=Line(1.0, 1.0, 1.0), encoding=Line(0, 1e-9, 1e-12))
     asks = [
