@@ -14,7 +14,8 @@ from typing import Any
 from grstream import config as configs
 
 ROOT = pathlib.Path(__file__).parents[2]
-PATIENCE_S = 240.0
+# What a driver that was killed had reserved is held for 180 s, and the next job may have to wait for it.
+PATIENCE_S = 180.0 + 300.0
 DRIVER, RANK, READER, BROKER = "driver", "ray::RayTrainWorker", "ray::ReadActionSource", "broker"
 
 
