@@ -49,7 +49,7 @@ TOUCHED_SHARE = 0.01
 STEP = 1.25  # between rates that are tried
 LEAST_RATE = 20.0
 IN_FLIGHT = 1000  # requests at once, beyond which the machine is hopelessly behind
-_REUSE, _VERSION = re.compile(rb'"reuse":"(\w+)"'), re.compile(rb'"version":(\d+)')
+_REUSE = re.compile(rb'"reuse":"(\w+)"')
 _ENGINE = re.compile(rb'"engine_ms":([\d.]+)')
 
 

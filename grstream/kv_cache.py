@@ -15,7 +15,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from grstream.model import HSTU
 from grstream.pages import PagedCache, Pages, blank_pages, page_bytes
@@ -125,14 +124,9 @@ class KVCache:
         """Have a page be a user's tail, instead of the one before."""
         before = self._tails.get(user)
         if before is not None and before.page != page:
-            self.drop_tail(user)
+            self._disown(before.page)
         self._tails[user] = Tail(page, after, content)
         self._state[page].user = user
-
-    def drop_tail(self, user: int) -> None:
-        tail = self._tails.get(user)
-        if tail is not None:
-            self._disown(tail.page)
 
     def release(self, pages: Sequence[int]) -> None:
         """Let go of pages, the last first. Those without an address or a user are free."""
@@ -189,8 +183,3 @@ class KVCache:
         if state.user is not None:
             del self._tails[state.user]
         self._state[page] = _Page()
-
-
-def newest_of(cache: KVCache, page: int) -> Tensor:
-    """(d,) a copy: the page may be extended while a request goes on."""
-    return cache.newest[page].clone()
