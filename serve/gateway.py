@@ -28,7 +28,6 @@ from grstream.api import (
     ErrorAnswer,
     Explain,
     ForgetAnswer,
-    Found,
     HistoryAnswer,
     HistoryEvent,
     ModelAnswer,
@@ -36,9 +35,7 @@ from grstream.api import (
     RankAnswer,
     ReadyAnswer,
     RecommendAnswer,
-    Recommendation,
     RetrieveAnswer,
-    Scored,
 )
 from grstream.config import Config
 from grstream.events import ActionEvent
@@ -236,38 +233,34 @@ class Gateway:
         weights = np.array([self._config.serve.weight(action) for action in found.actions], np.float32)
         features = [candidate.item_features for candidate in request.candidates]
         scores = found.probabilities @ weights
-        return RankAnswer(
-            exposure_id=self._log(request, "rank", found, asked.ids, scores, features),
-            **self._listed(request, held, found),
-            results=[
-                Scored(item_id=shown(i), scores=dict(zip(found.actions, p, strict=True)), known=k)
-                for i, p, k in rows
-            ],
-        )
+        # Here and below: results are validated by one call, which is several times faster than one for each.
+        results = [
+            {"item_id": shown(i), "scores": dict(zip(found.actions, p, strict=True)), "known": k}
+            for i, p, k in rows
+        ]
+        exposure_id = self._log(request, "rank", found, asked.ids, scores, features)
+        fields = self._listed(request, held, found)
+        return RankAnswer.model_validate({"exposure_id": exposure_id, **fields, "results": results})
 
     async def retrieved(self, request: RetrieveRequest) -> RetrieveAnswer:
         found, held, shown = await self._find(request, self._backend.retrieve)
         ids = _ids(found.items, found.names)
-        return RetrieveAnswer(
-            exposure_id=self._log(request, "retrieve", found, ids, found.scores),
-            **self._listed(request, held, found),
-            results=[
-                Found(item_id=shown(i), score=s) for i, s in zip(ids, found.scores.tolist(), strict=True)
-            ],
-        )
+        results = [{"item_id": shown(i), "score": s} for i, s in zip(ids, found.scores.tolist(), strict=True)]
+        exposure_id = self._log(request, "retrieve", found, ids, found.scores)
+        fields = self._listed(request, held, found)
+        return RetrieveAnswer.model_validate({"exposure_id": exposure_id, **fields, "results": results})
 
     async def recommended(self, request: RecommendRequest) -> RecommendAnswer:
         found, held, shown = await self._find(request, self._backend.recommend)
         ids = _ids(found.items, found.names)
         columns = (ids, found.scores.tolist(), found.probabilities.tolist())
-        return RecommendAnswer(
-            exposure_id=self._log(request, "recommend", found, ids, found.scores),
-            **self._listed(request, held, found),
-            results=[
-                Recommendation(item_id=shown(i), score=s, scores=dict(zip(found.actions, p, strict=True)))
-                for i, s, p in zip(*columns, strict=True)
-            ],
-        )
+        results = [
+            {"item_id": shown(i), "score": s, "scores": dict(zip(found.actions, p, strict=True))}
+            for i, s, p in zip(*columns, strict=True)
+        ]
+        exposure_id = self._log(request, "recommend", found, ids, found.scores)
+        fields = self._listed(request, held, found)
+        return RecommendAnswer.model_validate({"exposure_id": exposure_id, **fields, "results": results})
 
     async def actions(self, request: ActionsRequest) -> Response:
         """Append events to the log. All are judged before any is sent; each answer is an acknowledgement."""
