@@ -4,7 +4,12 @@ Every field states its unit and default. An unknown field is an error that names
 the only module of the project that reads environment variables.
 """
 
-from grstream.config.environment import API_KEYS_VARIABLE, ha_proxy_enabled
+from grstream.config.environment import (
+    API_KEYS_VARIABLE,
+    KAFKA_OAUTH_SECRET_VARIABLE,
+    KAFKA_PASSWORD_VARIABLE,
+    ha_proxy_enabled,
+)
 from grstream.config.events import EventsConfig, ExposuresConfig
 from grstream.config.histories import HistoriesConfig
 from grstream.config.kafka import KafkaConfig
@@ -18,8 +23,9 @@ from grstream.config.replay import (
     ReplayConfig,
     SyntheticConfig,
 )
-from grstream.config.secrets import api_keys
+from grstream.config.secrets import api_keys, kafka_key_password, kafka_oauth_secret, kafka_password
 from grstream.config.section import ACTION_NAME, MAX_ACTIONS, ConfigError, Name, Section
+from grstream.config.security import KafkaSecurityConfig, OAuthConfig
 from grstream.config.serve import ServeConfig
 from grstream.config.source import SourceConfig
 from grstream.config.system import Config
@@ -28,6 +34,8 @@ from grstream.config.train import TrainConfig
 __all__ = [
     "ACTION_NAME",
     "API_KEYS_VARIABLE",
+    "KAFKA_OAUTH_SECRET_VARIABLE",
+    "KAFKA_PASSWORD_VARIABLE",
     "MAX_ACTIONS",
     "ActionRule",
     "ColumnsConfig",
@@ -37,8 +45,10 @@ __all__ = [
     "ExposuresConfig",
     "HistoriesConfig",
     "KafkaConfig",
+    "KafkaSecurityConfig",
     "ModelConfig",
     "Name",
+    "OAuthConfig",
     "QualityConfig",
     "RecordColumnsConfig",
     "ReplayConfig",
@@ -49,6 +59,9 @@ __all__ = [
     "TrainConfig",
     "api_keys",
     "ha_proxy_enabled",
+    "kafka_key_password",
+    "kafka_oauth_secret",
+    "kafka_password",
     "load",
     "parse",
 ]

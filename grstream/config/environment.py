@@ -3,11 +3,20 @@
 import os
 
 API_KEYS_VARIABLE = "GRSTREAM_API_KEYS"
+KAFKA_PASSWORD_VARIABLE = "GRSTREAM_KAFKA_PASSWORD"
+KAFKA_OAUTH_SECRET_VARIABLE = "GRSTREAM_KAFKA_OAUTH_SECRET"
+
+# Each secret that the environment may give, and the field whose file it takes the place of.
+SECRETS = {
+    API_KEYS_VARIABLE: "serve.api_keys_file",
+    KAFKA_PASSWORD_VARIABLE: "kafka.security.password_file",
+    KAFKA_OAUTH_SECRET_VARIABLE: "kafka.security.oauth.client_secret_file",
+}
 
 
-def api_keys_variable() -> str | None:
-    """The API keys as `name=key,name=key`, where the environment gives any."""
-    return os.environ.get(API_KEYS_VARIABLE)
+def secret(variable: str) -> str | None:
+    """One of SECRETS, where the environment gives it."""
+    return os.environ.get(variable)
 
 
 def ha_proxy_enabled() -> bool:

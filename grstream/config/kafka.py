@@ -3,6 +3,7 @@
 import pydantic
 
 from grstream.config.section import Section
+from grstream.config.security import KafkaSecurityConfig
 
 
 class KafkaConfig(Section):
@@ -22,6 +23,10 @@ class KafkaConfig(Section):
         "and items are those that the weights know",
     )
     request_timeout_ms: int = pydantic.Field(10_000, gt=0, description="give up on an unreachable broker")
+
+    security: KafkaSecurityConfig = pydantic.Field(
+        KafkaSecurityConfig(), description="encryption and authentication"
+    )
 
     @property
     def dead_letters(self) -> str:

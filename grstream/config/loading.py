@@ -20,7 +20,7 @@ def parse(data: object, origin: str = "config") -> Config:
 
 
 def load(path: str | os.PathLike[str]) -> Config:
-    """Read and validate a YAML file; a relative `storage` is relative to the current directory."""
+    """Read and validate a YAML file; `storage` and the files of `kafka.security` are relative to here."""
     try:
         text = pathlib.Path(path).read_text()
     except OSError as error:
@@ -30,4 +30,5 @@ def load(path: str | os.PathLike[str]) -> Config:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     config = parse(data, str(path))
-    return config.model_copy(update={"storage": config.storage.absolute()})
+    kafka = config.kafka.model_copy(update={"security": config.kafka.security.absolute()})
+    return config.model_copy(update={"storage": config.storage.absolute(), "kafka": kafka})

@@ -1,5 +1,6 @@
 """Secrets, read where they are needed: from the environment, else from a file that the config names."""
 
+import pathlib
 from typing import Annotated
 
 import pydantic
@@ -7,6 +8,7 @@ import yaml
 
 from grstream.config import environment
 from grstream.config.section import ConfigError, Name
+from grstream.config.security import KafkaSecurityConfig, OAuthConfig
 from grstream.config.serve import ServeConfig
 
 _API_KEYS = pydantic.TypeAdapter(
@@ -22,7 +24,7 @@ def api_keys(config: ServeConfig) -> dict[str, pydantic.SecretStr]:
 
     Raises ConfigError, which never quotes a key.
     """
-    given = environment.api_keys_variable()
+    given = environment.secret(environment.API_KEYS_VARIABLE)
     if given is not None:
         origin = environment.API_KEYS_VARIABLE
         data: object = dict(pair.strip().partition("=")[::2] for pair in given.split(","))
@@ -44,3 +46,42 @@ def api_keys(config: ServeConfig) -> dict[str, pydantic.SecretStr]:
     if len({key.get_secret_value() for key in keys.values()}) < len(keys):
         raise ConfigError(f"{origin} gives one key two names")
     return keys
+
+
+def kafka_password(config: KafkaSecurityConfig) -> pydantic.SecretStr:
+    """The password of PLAIN or SCRAM, as it is now. Raises ConfigError, which never quotes it."""
+    return _secret(environment.KAFKA_PASSWORD_VARIABLE, config.password_file)
+
+
+def kafka_oauth_secret(config: OAuthConfig) -> pydantic.SecretStr:
+    """The client's secret at the token endpoint, as it is now. Raises ConfigError, which never quotes it."""
+    return _secret(environment.KAFKA_OAUTH_SECRET_VARIABLE, config.client_secret_file)
+
+
+def kafka_key_password(config: KafkaSecurityConfig) -> pydantic.SecretStr | None:
+    """The password of the client certificate's key, if it has one. Raises ConfigError."""
+    path = config.key_password_file
+    return None if path is None else _in_file(path, "kafka.security.key_password_file")
+
+
+def _secret(variable: str, path: pathlib.Path | None) -> pydantic.SecretStr:
+    field = environment.SECRETS[variable]
+    given = environment.secret(variable)
+    if given is not None:
+        if not given:
+            raise ConfigError(f"{variable} is empty: unset it or give it the secret")
+        return pydantic.SecretStr(given)
+    if path is None:
+        raise ConfigError(f"set {field}, or {variable} in the environment of the process that connects")
+    return _in_file(path, field)
+
+
+def _in_file(path: pathlib.Path, field: str) -> pydantic.SecretStr:
+    try:
+        text = path.read_text().rstrip("\r\n")  # which editors put there
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"cannot read {field}, {path}: {reason}") from None
+    if not text:
+        raise ConfigError(f"{field}, {path}, is empty")
+    return pydantic.SecretStr(text)

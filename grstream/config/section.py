@@ -16,4 +16,5 @@ class ConfigError(ValueError):
 
 
 class Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    # What was written may be a secret in the wrong place: no message quotes it.
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
