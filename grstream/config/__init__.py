@@ -13,7 +13,7 @@ from grstream.config.environment import (
 from grstream.config.events import EventsConfig, ExposuresConfig
 from grstream.config.histories import HistoriesConfig
 from grstream.config.kafka import KafkaConfig
-from grstream.config.loading import load, parse
+from grstream.config.loading import Unreadable, load, load_run, parse
 from grstream.config.model import ModelConfig
 from grstream.config.quality import QualityConfig
 from grstream.config.replay import (
@@ -23,6 +23,7 @@ from grstream.config.replay import (
     ReplayConfig,
     SyntheticConfig,
 )
+from grstream.config.run import EpochsConfig, RunConfig
 from grstream.config.secrets import api_keys, kafka_key_password, kafka_oauth_secret, kafka_password
 from grstream.config.section import ACTION_NAME, MAX_ACTIONS, ConfigError, Name, Section
 from grstream.config.security import KafkaSecurityConfig, OAuthConfig
@@ -41,6 +42,7 @@ __all__ = [
     "ColumnsConfig",
     "Config",
     "ConfigError",
+    "EpochsConfig",
     "EventsConfig",
     "ExposuresConfig",
     "HistoriesConfig",
@@ -52,16 +54,19 @@ __all__ = [
     "QualityConfig",
     "RecordColumnsConfig",
     "ReplayConfig",
+    "RunConfig",
     "Section",
     "ServeConfig",
     "SourceConfig",
     "SyntheticConfig",
     "TrainConfig",
+    "Unreadable",
     "api_keys",
     "ha_proxy_enabled",
     "kafka_key_password",
     "kafka_oauth_secret",
     "kafka_password",
     "load",
+    "load_run",
     "parse",
 ]

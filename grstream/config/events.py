@@ -25,13 +25,19 @@ class ExposuresConfig(Section):
 class EventsConfig(Section):
     """The schema of an action event."""
 
-    actions: list[Name] = pydantic.Field(min_length=1, max_length=MAX_ACTIONS)
+    actions: list[Name] = pydantic.Field(
+        min_length=1,
+        max_length=MAX_ACTIONS,
+        description="names of what users do; new ones may be added behind the others later",
+    )
     context: list[Name] = pydantic.Field([], description="categorical features of the moment")
     item_features: list[Name] = pydantic.Field([], description="categorical features of the item")
     max_future_ms: int = pydantic.Field(
         300_000, ge=0, description="how far an event's time may lie beyond the record's own time"
     )
-    unknown_fields: Literal["reject", "ignore"] = "reject"
+    unknown_fields: Literal["reject", "ignore"] = pydantic.Field(
+        "reject", description="an event with a field that is not known is a dead letter, or read without it"
+    )
     exposures: ExposuresConfig | None = pydantic.Field(
         None, description="default: not joined, and `exposure_id` is an unknown field"
     )

@@ -10,9 +10,9 @@ from grstream.config.section import Name, Section
 class ActionRule(Section):
     """Which rows of a data set carry an action: all of them, or those whose column holds what is said."""
 
-    action: Name
+    action: Name = pydantic.Field(description="one of events.actions")
     column: str | None = pydantic.Field(None, description="default: every row carries the action")
-    at_least: float | None = None
+    at_least: float | None = pydantic.Field(None, description="the cell as a number is this or more")
     equals: str | None = pydantic.Field(None, description="the cell as text")
 
     @pydantic.model_validator(mode="after")
@@ -26,9 +26,9 @@ class ActionRule(Section):
 class ColumnsConfig(Section):
     """Which columns of a data set say who acted upon what, and when."""
 
-    user: str
-    item: str
-    time: str
+    user: str = pydantic.Field(description="the column of user ids")
+    item: str = pydantic.Field(description="the column of item ids")
+    time: str = pydantic.Field(description="the column of the events' times, in time_unit")
     time_unit: Literal["s", "ms", "iso"] = pydantic.Field("s", description="iso: ISO 8601, UTC if unsaid")
     event_id: str | None = pydantic.Field(None, description="default: file and row, by replay.event_ids")
 
@@ -62,12 +62,12 @@ class SyntheticConfig(Section):
 
     users: int = pydantic.Field(500, ge=1, description="Zipf-active")
     items: int = pydantic.Field(2_000, ge=1, description="at the start; Zipf-popular within their cluster")
-    clusters: int = pydantic.Field(12, ge=2)
+    clusters: int = pydantic.Field(12, ge=2, description="of items; a user's interest is in some of them")
     drift: float = pydantic.Field(0.005, ge=0, le=1, description="chance per event that an interest changes")
     births: float = pydantic.Field(0.01, ge=0, description="new items per event")
     events_per_s: float = pydantic.Field(100, gt=0, description="of the world's own time")
     category: Name | None = pydantic.Field(None, description="the item feature that tells an item's cluster")
-    seed: int = 0
+    seed: int = pydantic.Field(0, description="of the world: the same one is the same stream")
 
 
 class ReplayConfig(Section):
@@ -86,4 +86,6 @@ class ReplayConfig(Section):
     context: dict[Name, str] = pydantic.Field({}, description="feature name: column")
     item_features: dict[Name, str] = pydantic.Field({}, description="feature name: column")
     event_ids: bool = pydantic.Field(True, description="an id per row: what is sent again is a duplicate")
-    synthetic: SyntheticConfig = SyntheticConfig()
+    synthetic: SyntheticConfig = pydantic.Field(
+        SyntheticConfig(), description="the synthetic stream, where that is replayed"
+    )

@@ -11,8 +11,10 @@ from grstream.config.section import Name, Section
 class ServeConfig(Section):
     """The serving application."""
 
-    host: str = "127.0.0.1"
-    port: int = pydantic.Field(8000, ge=1, le=65535)
+    host: str = pydantic.Field(
+        "127.0.0.1", description="address listened on; without API keys it must be a loopback one"
+    )
+    port: int = pydantic.Field(8000, ge=1, le=65535, description="of HTTP")
     replicas: int = pydantic.Field(1, ge=1, description="scorer replicas")
     gpu: bool = pydantic.Field(False, description="each scorer replica has a GPU of its own")
     gateways: int = pydantic.Field(2, ge=1, description="gateway replicas: one may die and service goes on")
@@ -63,7 +65,9 @@ class ServeConfig(Section):
         ge=0,
         description="how long a user whose history is cached may be served by a version that was followed",
     )
-    poll_weights_s: float = pydantic.Field(0.5, gt=0)
+    poll_weights_s: float = pydantic.Field(
+        0.5, gt=0, description="between looks at whether other weights are to be served"
+    )
     queue: int = pydantic.Field(256, ge=1, description="requests a replica holds before it answers 503")
     request_timeout_ms: int = pydantic.Field(5_000, ge=1, description="beyond it a request gets a 503")
     read_your_writes_ms: int = pydantic.Field(

@@ -30,15 +30,15 @@ class Config(Section):
         "than this after the user's tombstone was read; at least 2 source.recycle_s + "
         "train.checkpoint_every_s + the exposures' window",
     )
-    kafka: KafkaConfig = KafkaConfig()
-    events: EventsConfig
-    histories: HistoriesConfig = HistoriesConfig()
-    source: SourceConfig = SourceConfig()
-    model: ModelConfig = ModelConfig()
-    train: TrainConfig = TrainConfig()
-    quality: QualityConfig = QualityConfig()
-    serve: ServeConfig = ServeConfig()
-    replay: ReplayConfig = ReplayConfig()
+    kafka: KafkaConfig = pydantic.Field(KafkaConfig(), description="where the log is")
+    events: EventsConfig = pydantic.Field(description="what an event has")
+    histories: HistoriesConfig = pydantic.Field(HistoriesConfig(), description="what is kept of each user")
+    source: SourceConfig = pydantic.Field(SourceConfig(), description="from the log to micro-batches")
+    model: ModelConfig = pydantic.Field(ModelConfig(), description="the encoder")
+    train: TrainConfig = pydantic.Field(TrainConfig(), description="the trainer")
+    quality: QualityConfig = pydantic.Field(QualityConfig(), description="figures of quality")
+    serve: ServeConfig = pydantic.Field(ServeConfig(), description="the server")
+    replay: ReplayConfig = pydantic.Field(ReplayConfig(), description="data sets and the synthetic stream")
 
     @pydantic.model_validator(mode="after")
     def _can_forget_in_time(self) -> Self:

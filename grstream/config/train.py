@@ -10,7 +10,7 @@ from grstream.config.section import Name, Section
 class TrainConfig(Section):
     """Streaming training."""
 
-    workers: int = pydantic.Field(1, ge=1)
+    workers: int = pydantic.Field(1, ge=1, description="trainer processes, each with its part of the keys")
     worker_cpus: float = pydantic.Field(1, gt=0, description="logical CPUs each trainer worker asks Ray for")
     gpu: bool = pydantic.Field(False, description="each worker trains on a GPU of its own")
     learning_rate: float = pydantic.Field(5e-4, gt=0, description="AdamW, dense parameters")
@@ -39,7 +39,7 @@ class TrainConfig(Section):
         description="keys without a row, over all workers, whose events are counted; beyond, those without "
         "one for longest are forgotten",
     )
-    weight_decay: float = pydantic.Field(0.0, ge=0)
+    weight_decay: float = pydantic.Field(0.0, ge=0, description="AdamW, dense parameters")
     retrieval_weight: float = pydantic.Field(0.02, ge=0, description="retrieval loss beside the ranking loss")
     retrieval_temperature: float = pydantic.Field(
         0.05, gt=0, description="divides the retrieval loss's cosines: with less, one item stands out sooner"
@@ -58,9 +58,9 @@ class TrainConfig(Section):
     predictions_kept_s: float = pydantic.Field(
         2_592_000, gt=0, description="and so long: they name users, whom a tombstone does not take out"
     )
-    publish_every_s: float = pydantic.Field(5, gt=0)
-    checkpoint_every_s: float = pydantic.Field(60, gt=0)
-    keep_checkpoints: int = pydantic.Field(3, ge=1)
+    publish_every_s: float = pydantic.Field(5, gt=0, description="between versions of the weights")
+    checkpoint_every_s: float = pydantic.Field(60, gt=0, description="between checkpoints")
+    keep_checkpoints: int = pydantic.Field(3, ge=1, description="newest ones; older are deleted")
     max_restarts: int = pydantic.Field(-1, ge=-1, description="of the worker group; -1: no limit")
     base_every: int = pydantic.Field(
         20,
@@ -85,4 +85,4 @@ class TrainConfig(Section):
         50, ge=1, description="so many in a row send training back to the newest checkpoint"
     )
     max_reverts: int = pydantic.Field(3, ge=0, description="to one checkpoint; beyond, the job ends")
-    seed: int = 0
+    seed: int = pydantic.Field(0, description="of parameters, new rows, negatives and stochastic length")
