@@ -40,11 +40,12 @@ class Credentials:
         """None where nothing is encrypted. Raises Refused where a file is missing or not as it should be."""
         if not self._config.tls:
             return None
-        context = ssl.create_default_context()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
             if self._config.ca_file:
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
                 context.load_verify_locations(self._config.ca_file)
+            else:
+                context.load_default_certs()
         except (OSError, ssl.SSLError) as error:
             raise Refused(f"kafka.security.ca_file, {self._config.ca_file}: {error}") from error
         context.minimum_version = ssl.TLSVersion.TLSv1_2

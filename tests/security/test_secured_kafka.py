@@ -1,7 +1,6 @@
 """Against Apache Kafka with TLS and SASL: every mechanism works, and what is wrong is told at once."""
 
 import contextlib
-import json
 import logging
 import pathlib
 import threading
@@ -203,7 +202,7 @@ def test_a_replayed_data_set_reaches_micro_batches_and_a_shards_histories(
         tail.stop()
 
 
-def test_a_running_reader_and_shard_go_on_with_a_password_that_was_changed(
+def test_a_running_reader_shard_and_producer_go_on_with_a_password_that_was_changed(
     secured: SecuredKafka, tmp_path: pathlib.Path
 ) -> None:
     password_file = tmp_path / "password"
@@ -213,8 +212,8 @@ def test_a_running_reader_and_shard_go_on_with_a_password_that_was_changed(
     tail = HistoryTail(config)
     tail.start()
     try:
-        with reading(config) as batches:
-            send(config, 3)
+        with reading(config) as batches, contextlib.closing(producer(config.kafka)) as lasting:
+            send(config, 3, lasting)
             eventually(lambda: events_in(batches) == 3)
             secured.set_password("another one")
             # The broker asks again, is told the old password, refuses it and drops the connections.
@@ -226,7 +225,7 @@ def test_a_running_reader_and_shard_go_on_with_a_password_that_was_changed(
             eventually(lambda: events_in(batches) == 7)
             eventually(lambda: tail.status().positions == {0: 7})
             time.sleep(1.5 * REAUTHENTICATE_MS / 1000)  # and goes on to
-            send(config, 1)
+            send(config, 1, lasting)
             eventually(lambda: events_in(batches) == 8)
             eventually(lambda: tail.status().positions == {0: 8})
     finally:
@@ -265,13 +264,14 @@ def system(secured: SecuredKafka, storage: pathlib.Path, listener: str, **securi
     )
 
 
-def send(config: Config, count: int) -> None:
+def send(config: Config, count: int, sender: kafka.KafkaProducer | None = None) -> None:
+    """By a producer that is there already, or by one of its own."""
     event = ActionEvent(user_id=1, item_id=2, actions=["click"], timestamp_ms=1_700_000_000_000)
-    value = json.dumps(json.loads(event.to_json())).encode()
-    with contextlib.closing(producer(config.kafka)) as sender:
-        for _ in range(count):
-            sender.send(config.kafka.topic, value, key=partition_key(1))
-        sender.flush(timeout=PATIENCE_S)
+    with contextlib.ExitStack() as own:
+        sender = sender or own.enter_context(contextlib.closing(producer(config.kafka)))
+        sent = [sender.send(config.kafka.topic, event.to_json(), key=partition_key(1)) for _ in range(count)]
+        for future in sent:
+            future.get(timeout=PATIENCE_S)
 
 
 @contextlib.contextmanager
