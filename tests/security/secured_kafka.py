@@ -24,7 +24,7 @@ LISTENERS = {
     "SASL_SSL": "SASL_SSL",
     "SASL_PLAINTEXT": "SASL_PLAINTEXT",
     "MUTUAL": "SSL",  # clients show a certificate, too
-    "ELSEWHERE": "SSL",  # with the certificate of another host
+    "ELSEWHERE": "SSL",  # advertised at another host than its certificate names
     "ROTATING": "SASL_SSL",  # clients are asked for their password again and again
 }
 SCRAM = ("SCRAM-SHA-256", "SCRAM-SHA-512")
@@ -96,7 +96,7 @@ def running(start: pathlib.Path, directory: pathlib.Path) -> Iterator[SecuredKaf
         )
         jwks = directory / "jwks.json"
         endpoint.write_jwks(jwks)
-        settings = _settings(secured, here, authority.sign("elsewhere", ["elsewhere.example"]), jwks)
+        settings = _settings(secured, here, authority.sign("elsewhere", ["localhost"]), jwks)
         port = secured.addresses["PLAINTEXT"].rpartition(":")[2]
         command = [str(start), "--dir", str(directory / "kafka"), "--port", port]
         command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]

@@ -148,6 +148,23 @@ def test_a_broker_that_does_not_know_who_signed_the_clients_certificate_is_named
         consumer(config)
 
 
+def test_a_broker_that_is_advertised_at_another_host_is_named_when_it_is_gone_to(
+    secured: SecuredKafka,
+) -> None:
+    config = secured.config("ELSEWHERE")
+    port = config.bootstrap_servers[0].rpartition(":")[2]
+    config = config.model_copy(update={"bootstrap_servers": [f"localhost:{port}"]})
+    began = time.monotonic()
+    with pytest.raises(AuthenticationFailed, match="another host's"):
+        partition_count(config)
+    with contextlib.closing(consumer(config)) as reader:
+        at = kafka.TopicPartition("any", 0)
+        reader.assign([at])
+        with pytest.raises(AuthenticationFailed, match="another host's"), reaching(config):
+            reader.end_offsets([at], timeout_ms=20_000)
+    assert time.monotonic() - began < 2 * AT_ONCE_S
+
+
 def test_a_password_may_come_from_the_environment(
     secured: SecuredKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,72 @@
+"""What clients are given to prove themselves by, and what of it is logged."""
+
+import logging
+import pathlib
+
+import pytest
+from kafka.protocol.sasl import SaslAuthenticateRequest
+
+from grstream.config import KAFKA_PASSWORD_VARIABLE, KafkaSecurityConfig
+from grstream.connections import Credentials, options
+
+
+@pytest.fixture(autouse=True)
+def _no_password_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KAFKA_PASSWORD_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def password_file(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "password"
+    path.write_text("hunter2")
+    return path
+
+
+def sasl(mechanism: str, username: str, password_file: pathlib.Path) -> KafkaSecurityConfig:
+    return KafkaSecurityConfig.model_validate(
+        {
+            **{"protocol": "SASL_PLAINTEXT", "mechanism": mechanism},
+            **{"username": username, "password_file": password_file},
+        }
+    )
+
+
+def test_a_plaintext_client_is_given_nothing() -> None:
+    assert options(KafkaSecurityConfig()) == {}
+
+
+def test_options_hold_no_secret(password_file: pathlib.Path) -> None:
+    given = options(sasl("PLAIN", "ann", password_file))
+    assert given["security_protocol"] == "SASL_PLAINTEXT"
+    assert given["sasl_mechanism"] == "PLAIN"
+    assert "hunter2" not in repr(given)
+
+
+def test_credentials_are_those_of_now(password_file: pathlib.Path) -> None:
+    credentials = Credentials(sasl("PLAIN", "ann", password_file))
+    assert credentials.sasl()["sasl_plain_password"] == "hunter2"
+    password_file.write_text("hunter3")
+    assert credentials.sasl()["sasl_plain_password"] == "hunter3"
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "sent"),
+    [("PLAIN", "a,b=c"), ("SCRAM-SHA-256", "a=2Cb=3Dc"), ("SCRAM-SHA-512", "a=2Cb=3Dc")],
+)
+def test_scram_has_its_own_spelling_of_commas_and_equals_signs(
+    mechanism: str, sent: str, password_file: pathlib.Path
+) -> None:
+    assert Credentials(sasl(mechanism, "a,b=c", password_file)).sasl()["sasl_plain_username"] == sent
+
+
+def test_frames_and_credentials_are_not_logged_and_the_rest_is(
+    password_file: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options(sasl("PLAIN", "ann", password_file))
+    caplog.set_level(logging.DEBUG)
+    connection, parser = logging.getLogger("kafka.net.connection"), logging.getLogger("kafka.protocol.parser")
+    connection.debug("%s Request %d: %s", "it", 1, SaslAuthenticateRequest(b"hunter2"))
+    parser.debug("%s Send: %s", "it", bytearray(b"hunter2"))
+    parser.debug("%s Send: %s", "it", b"hunter2")
+    connection.debug("%s: Connection made", "it")
+    assert [record.getMessage() for record in caplog.records] == ["it: Connection made"]
