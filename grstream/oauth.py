@@ -52,7 +52,7 @@ class TokenSource(AbstractTokenProvider):
         url = self._config.token_url
         try:
             secret = kafka_oauth_secret(self._config).get_secret_value()
-            status, body = self._post(secret)
+            status, body = self._post(secret, self._trusted())
         except ConfigError as error:
             raise Refused(str(error)) from None
         except ssl.SSLCertVerificationError as error:
@@ -78,7 +78,13 @@ class TokenSource(AbstractTokenProvider):
                 "kafka.security.oauth.token_url"
             ) from None
 
-    def _post(self, secret: str) -> tuple[int, bytes]:
+    def _trusted(self) -> ssl.SSLContext:
+        try:
+            return ssl.create_default_context(cafile=self._config.ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise Refused(f"kafka.security.oauth.ca_file, {self._config.ca_file}: {error}") from error
+
+    def _post(self, secret: str, trusted: ssl.SSLContext) -> tuple[int, bytes]:
         """The answer's status and body. Redirects are not followed: they would carry the secret elsewhere."""
         url = urllib.parse.urlsplit(self._config.token_url)
         form = {"grant_type": "client_credentials"}
@@ -89,7 +95,7 @@ class TokenSource(AbstractTokenProvider):
             url.hostname or "",
             url.port,
             timeout=self._config.timeout_ms / 1000,
-            context=ssl.create_default_context(cafile=self._config.ca_file),
+            context=trusted,
         )
         try:
             connection.request(

@@ -106,4 +106,6 @@ def test_an_endpoint_that_is_not_trusted_or_not_there_is_told(
         source(endpoint, authority, ca_file=Authority(tmp_path).ca_file).token()
     with pytest.raises(Refused, match=r"no token within 5000 ms \(ConnectionRefusedError.*token_url"):
         source(endpoint, authority, token_url="https://127.0.0.1:9/token").token()
+    with pytest.raises(Refused, match=r"kafka\.security\.oauth\.ca_file, \S+/absent: .*No such file"):
+        source(endpoint, authority, ca_file=tmp_path / "absent").token()
     assert endpoint.asked == []
