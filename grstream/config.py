@@ -469,6 +469,15 @@ class ReplayConfig(Section):
     synthetic: SyntheticConfig = SyntheticConfig()
 
 
+class LogsConfig(Section):
+    """What every process of the system writes to its standard error."""
+
+    format: Literal["text", "json"] = pydantic.Field(
+        "text", description="json: one object a line; the gateways' access log is that in either case"
+    )
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+
 class Config(Section):
     """A whole system."""
 
@@ -490,6 +499,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     quality: QualityConfig = QualityConfig()
     serve: ServeConfig = ServeConfig()
+    logs: LogsConfig = LogsConfig()
     replay: ReplayConfig = ReplayConfig()
 
     @pydantic.model_validator(mode="after")
