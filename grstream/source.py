@@ -36,11 +36,11 @@ from ray.util.annotations import RayDeprecationWarning
 
 from grstream import telemetry
 from grstream.config import Config
+from grstream.exporter import Exporter
 from grstream.histories import Counters
 from grstream.ledger import Ledger
 from grstream.microbatch import MicroBatch
 from grstream.reader import LogReader, collect_seldom
-from grstream.telemetry import Exporter
 from grstream.until import Until
 
 EXPORT_S = 5.0  # between two looks at what a reader's histories hold

@@ -159,6 +159,8 @@ def _run_rank(
     logging.getLogger("kafka").setLevel(logging.WARNING)  # it tells of every connection
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    if ranks.rank == 0:
+        board.started()
     try:
         trainer = Trainer(config, ranks, board, until, get_device(), exchange)
     except SchemaChanged as error:

@@ -2,9 +2,9 @@
 
 from grstream import telemetry
 from grstream.config import Config
+from grstream.exporter import Exporter
 from grstream.schema import Schema
 from grstream.tail import HistoryTail, TailStatus
-from grstream.telemetry import Exporter
 from serve.errors import require_schema
 from serve.gateway import UserHistory
 
