@@ -4,6 +4,8 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
+from opentelemetry import trace
+
 from grstream import telemetry
 from grstream.catalogue_tail import CatalogueStatus, CatalogueTail
 from grstream.config import Config
@@ -18,6 +20,7 @@ from grstream.weight_store import WeightStore
 from grstream.weights import Manifest
 from serve.errors import QueueFull, require_schema
 from serve.follower import WeightsFollower
+from serve.instruments import TRACER, engine_spans
 
 if TYPE_CHECKING:
     from grstream.engine import Counts
@@ -41,6 +44,7 @@ class Scorer:
         self._timeout_s = config.serve.request_timeout_ms / 1000
         self._weights = tuple((action, config.serve.weight(action)) for action in config.events.actions)
         self._waiting = 0
+        self._tracer = trace.get_tracer(TRACER)
         self._exporter = Exporter()
         self._exporter.begin(Part.SCORER)
         self._exporter.set(telemetry.CACHE_BUDGET, config.serve.cache_bytes)
@@ -165,7 +169,10 @@ class Scorer:
             raise QueueFull(f"{self._waiting} requests wait for this scorer, as many as it may hold")
         self._waiting += 1
         try:
-            return await asyncio.wrap_future(self._engine.ask(ask))  # cancelled, it leaves the engine
+            answer = await asyncio.wrap_future(self._engine.ask(ask))  # cancelled, it leaves the engine
+            if trace.get_current_span().is_recording():
+                engine_spans(self._tracer, answer.encoded, time.time_ns())
+            return answer
         finally:
             self._waiting -= 1
 
