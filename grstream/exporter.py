@@ -1,5 +1,10 @@
-"""`Exporter`: gives the metrics of `grstream.telemetry` to Ray, whose agent on each node exports them."""
+"""`Exporter`: gives the metrics of `grstream.telemetry` to Ray, whose agent on each node exports them.
 
+Ray 2.60 forgets a gauge that was not set for two of its report intervals (10 s each, by default). So whoever
+sets gauges more seldom calls `refresh` in between, or has a thread do it.
+"""
+
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,12 +14,13 @@ from grstream.telemetry import BY_PART, Kind, Metric, Part
 
 
 class Exporter:
-    """Of one process. Costs some microseconds a call. Thread-safe as far as one thread sets each metric."""
+    """Of one process. Costs some microseconds a call. Each metric belongs to one thread."""
 
     def __init__(self) -> None:
         self._held: dict[str, Any] = {}
         self._shown: dict[Metric, set[tuple[str, ...]]] = {}
         self._totals: dict[tuple[Metric, tuple[str, ...]], float] = {}
+        self._gauges: dict[tuple[Metric, tuple[str, ...]], float] = {}
 
     def begin(self, part: Part) -> None:
         """Export the counters of a part as 0, so that the first thing they count is seen as a growth."""
@@ -41,12 +47,30 @@ class Exporter:
     def set(self, metric: Metric, value: float, **labels: object) -> None:
         self._of(metric).set(value, _strings(labels))
         self._see(metric, labels)
+        self._gauges[metric, _values(metric, labels)] = value
+
+    def refresh(self) -> None:
+        """Have all gauges be what they are for some more seconds."""
+        for (metric, values), value in list(self._gauges.items()):
+            self._of(metric).set(value, dict(zip(metric.labels, values, strict=True)))
+
+    def keep_fresh(self, every_s: float) -> None:
+        """Have a thread do that, for as long as the process lives."""
+
+        def run() -> None:
+            while not never.wait(every_s):
+                self.refresh()
+
+        never = threading.Event()
+        threading.Thread(target=run, name="metrics", daemon=True).start()
 
     def set_all(self, metric: Metric, values: Mapping[Any, float]) -> None:
         """All there is of a gauge, by its labels' values; what was there before and is not now is NaN."""
         now = {tuple(map(str, labels)): value for labels, value in values.items()}
         for labels in self._shown.get(metric, set()) - now.keys():
             self.set(metric, float("nan"), **dict(zip(metric.labels, labels, strict=True)))
+            self._shown[metric].discard(labels)
+            self._gauges.pop((metric, labels), None)  # Ray forgets it
         for labels, value in now.items():
             self.set(metric, value, **dict(zip(metric.labels, labels, strict=True)))
 

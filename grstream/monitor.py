@@ -90,6 +90,7 @@ class Monitor:
         """
         self._publish_failures = publish_failures
         moment = self._moment(progress, learner, gate_open)
+        self._exporter.refresh()  # figures of quality are set more seldom
         self._export(progress, learner, moment)
         now = time.monotonic()
         caught_up = [row.partition for row in moment if row.figure == "lag" and row.value == 0]

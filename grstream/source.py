@@ -101,14 +101,18 @@ class ActionSource(Datasource):
 
 def _read_in_task(config: Config, reader: int, position: Ledger, until: Until | None) -> Iterator[pa.Table]:
     logs.configure(config.logs)
-    yield from _read(config, reader, position, until)
+    exporter = Exporter()
+    exporter.keep_fresh(EXPORT_S)  # while nothing comes, too
+    yield from _read(config, reader, position, until, exporter)
 
 
-def _read(config: Config, reader: int, position: Ledger, until: Until | None) -> Iterator[pa.Table]:
+def _read(
+    config: Config, reader: int, position: Ledger, until: Until | None, exporter: Exporter
+) -> Iterator[pa.Table]:
     collect_seldom()
     yield MicroBatch.empty(len(config.events.features)).to_block()
     log = LogReader(config, reader, position, until)
-    exporter, due = Exporter(), time.monotonic()
+    due = time.monotonic()
     for batch in log.batches():
         yield batch.to_block()
         if time.monotonic() >= due:

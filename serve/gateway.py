@@ -160,6 +160,9 @@ def create_app(
             status: {"model": ErrorAnswer, "description": what} for status, what in errors.WHY_NOT.items()
         },
         dependencies=[fastapi.Security(bearer)] if keys else [],
+        # Newer ones trace by themselves: paths, which name users, and what was wrong with a body, which is
+        # a user's, too.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     errors.install(app)
     gateway = Gateway(config, backend, exposures, instruments)

@@ -47,7 +47,7 @@ class Scorer:
         self._tracer = trace.get_tracer(TRACER)
         self._exporter = Exporter()
         self._exporter.begin(Part.SCORER)
-        self._exporter.set(telemetry.CACHE_BUDGET, config.serve.cache_bytes)
+        self._budget = config.serve.cache_bytes
         self._items = CatalogueTail.of(config, self._engine.announce)
         if self._items is not None:
             self._items.start()
@@ -144,6 +144,7 @@ class Scorer:
 
     def _export(self) -> None:
         out = self._exporter
+        out.set(telemetry.CACHE_BUDGET, self._budget)
         export_counts(out, self._engine.counts())
         export_served(out, self._engine.manifest)
         if self._items is not None:

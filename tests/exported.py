@@ -13,6 +13,7 @@ class Exported(Exporter):
         super().__init__()
         self.values: dict[tuple[str, ...], float] = {}
         self.observed: dict[tuple[str, ...], list[float]] = {}
+        self.refreshed = 0
 
     def add(self, metric: Metric, count: float, **labels: object) -> None:
         assert metric.kind is Kind.COUNTER
@@ -23,6 +24,9 @@ class Exported(Exporter):
         assert metric.kind is Kind.GAUGE
         self._note(metric, labels, value)
         self._see(metric, labels)
+
+    def refresh(self) -> None:
+        self.refreshed += 1
 
     def observe(self, metric: Metric, value: float, **labels: object) -> None:
         assert metric.kind is Kind.HISTOGRAM

@@ -98,6 +98,7 @@ def test_a_run_exports_what_it_did(config: configs.Config, exported: Exported) -
     # What has not happened is there, as 0.
     assert v["grstream_weights_publish_failures",] == v["grstream_train_offsets", "lost"] == 0
     assert {name for name, *_ in v} == {m.name for m in BY_PART[Part.TRAINER]}
+    assert exported.refreshed > 0
 
 
 def test_a_resumed_run_counts_from_zero_not_from_the_beginning(
