@@ -18,10 +18,11 @@ import yaml
 from grstream import telemetry
 from grstream.telemetry import Kind
 from jobs.monitoring.__main__ import PAGE, ROOT, files
-from jobs.monitoring.alerts import ALERTS, rule
+from jobs.monitoring.alerts import rule
 from jobs.monitoring.dashboards import DASHBOARDS
 from jobs.monitoring.panels import Dashboard, Panel
-from jobs.monitoring.queries import OF_RAY, WINDOW
+from jobs.monitoring.queries import OF_RAY
+from tests.jobs.promql import QUERIES, metrics_of
 
 COMPONENT = ROOT / "k8s" / "monitoring"
 PARTS = ("bucket", "count", "sum")
@@ -30,37 +31,6 @@ NAMES = {
     *(f"{m.exported}_{part}" for m in telemetry.METRICS if m.kind is Kind.HISTOGRAM for part in PARTS),
 }
 RAYS = {*OF_RAY, *(f"{name}_bucket" for name in OF_RAY)}
-
-
-def panels(dashboard: Dashboard) -> list[Panel]:
-    return [panel for row in dashboard.rows for panel in row.panels]
-
-
-def queries() -> Iterator[tuple[str, str]]:
-    for dashboard in DASHBOARDS:
-        for panel in panels(dashboard):
-            for legend, query in panel.queries.items():
-                yield f"{dashboard.title}: {panel.title}: {legend}", query.replace(WINDOW, "5m")
-    for alert in ALERTS:
-        yield alert.name, alert.expr
-
-
-QUERIES = dict(queries())
-
-
-def metrics_of(expr: Any) -> set[str]:
-    """The names of all series that a parsed query selects."""
-    found: set[str] = set()
-
-    def look(node: Any) -> bool:
-        if isinstance(node, promql_parser.VectorSelector):
-            found.add(node.name)
-        if isinstance(node, promql_parser.MatrixSelector):
-            found.add(node.vector_selector.name)
-        return True
-
-    promql_parser.walk(expr, look)
-    return found
 
 
 # -- what is made --------------------------------------------------------------------------------------------
