@@ -18,6 +18,7 @@ from grstream.telemetry import BY_PART, Kind, Part
 from serve.errors import Unavailable
 from serve.gateway import create_app
 from serve.instruments import Instruments, engine_spans
+from serve.tracing import WithoutUsers
 from tests.exported import Exported
 from tests.serve.fake import CONFIG, FakeBackend
 
@@ -171,6 +172,27 @@ def test_the_engines_stages_are_spans_one_after_another(
     assert took[1].end_time == took[2].start_time
     assert took[2].end_time == answered
     assert {s.parent.span_id for s in took if s.parent} == {found["replica"].context.span_id}
+
+
+def test_a_span_that_is_named_by_a_path_is_exported_by_its_route() -> None:
+    memory, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(WithoutUsers(memory)))
+    tracer = provider.get_tracer("test")
+    for path in ("/v1/users/ann/history", "/v1/users/a/b c", "/v1/rank"):
+        with tracer.start_as_current_span(
+            f"proxy GET {path}", attributes={"http.route": path, "n": 3}
+        ) as span:
+            span.add_event("seen")
+    provider.shutdown()
+    spans = memory.get_finished_spans()
+    assert [span.name for span in spans] == [
+        "proxy GET /v1/users/{user_id}/history",
+        "proxy GET /v1/users/{user_id}",
+        "proxy GET /v1/rank",
+    ]
+    assert dict(spans[0].attributes or {}) == {"http.route": "/v1/users/{user_id}/history", "n": 3}
+    assert [event.name for event in spans[0].events] == ["seen"]
+    assert len({span.get_span_context().span_id for span in spans}) == 3
 
 
 def test_traces_that_are_off_cost_microseconds() -> None:
