@@ -10,6 +10,10 @@ from typing import Any
 
 import ray
 
+from grstream import telemetry
+from grstream.exporter import Exporter
+from grstream.telemetry import Part
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -35,6 +39,10 @@ class BoardActor:
         self._progress: Progress | None = None
         self._failure: Exception | None = None
         self._reverts: dict[int, int] = {}  # checkpoint -> times
+        self._starts = 0
+        # It outlives the ranks, so it is here that what ends them is counted.
+        self._exporter = Exporter()
+        self._exporter.begin(Part.JOB)
 
     async def stop(self) -> None:
         self._stop.set()
@@ -51,7 +59,13 @@ class BoardActor:
     async def fail(self, error: Exception) -> None:
         self._failure = error
 
+    async def started(self) -> None:
+        self._starts += 1
+        if self._starts > 1:
+            self._exporter.add(telemetry.RESTARTS, 1)
+
     async def reverted(self, checkpoint: int) -> int:
+        self._exporter.add(telemetry.REVERTS, 1)
         self._reverts[checkpoint] = self._reverts.get(checkpoint, 0) + 1
         return self._reverts[checkpoint]
 
@@ -86,6 +100,10 @@ class Board:
     def fail(self, error: Exception) -> None:
         """State an error that starting again will not cure."""
         ray.get(self._actor.fail.remote(error))
+
+    def started(self) -> None:
+        """State that the worker group begins, without waiting: by rank 0."""
+        self._actor.started.remote()
 
     def reverted(self, checkpoint: int) -> int:
         """State that training goes back to a checkpoint because of what came of it; how often it has."""

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from grstream import telemetry
 from grstream.board import Progress
 from grstream.config import Config
+from grstream.exporter import Exporter
 from grstream.journal import Mark
 from grstream.lag import LogEnds, behind
 from grstream.learner import Learner, StepReport
 from grstream.quality import Figure, window_name
 from grstream.quality_log import QualityLog, Row
-from grstream.telemetry import Exporter, Metric
+from grstream.telemetry import Metric, Part
 
 DIRECTORY = "quality"  # of the log, in a system's storage
 # Figures are computed again no sooner than so many times as long as they took: they cost 1 % at the most.
@@ -23,16 +24,21 @@ _GAUGES = {"ne": telemetry.ENTROPY, "calibration": telemetry.CALIBRATION, "gauc"
 class Monitor:
     """Of rank 0. `settled` at each turn costs microseconds; `report` every few seconds some milliseconds."""
 
-    def __init__(self, config: Config, run: str, settled: Mapping[str, int]) -> None:
-        """`settled`: offsets by disposition, before this run."""
+    def __init__(self, config: Config, run: str, settled: Mapping[str, int], version: int) -> None:
+        """Before this run: offsets by disposition, and the newest version."""
         self._every_s = config.quality.every_s
         self._least_ms = min(config.quality.windows_h) * 3_600_000
         self._windows = [window_name(hours) for hours in config.quality.windows_h]
         self._log = QualityLog(config.storage / DIRECTORY, run, config.quality.keep_days)
         self._ends = LogEnds(config.kafka)
         self._exporter = Exporter()
-        self._counted = collections.Counter({(telemetry.SETTLED, name): n for name, n in settled.items()})
+        self._exporter.begin(Part.TRAINER)
+        self._counted: dict[tuple[Metric, str], float] = collections.defaultdict(float)
+        self._counted |= {(telemetry.SETTLED, name): n for name, n in settled.items()}
+        self._counted[telemetry.PUBLISHED, ""] = version
         self._steps = self._tokens = self._events = 0  # of this run
+        self._publish_failures = 0
+        self._waited_s = 0.0
         self._last: StepReport | None = None
         self._learned: dict[int, list[float]] = collections.defaultdict(list)  # seconds, since the last entry
         self._due = self._soonest = time.monotonic()
@@ -53,9 +59,38 @@ class Monitor:
             self._learned[partition].append(taken)
             self._exporter.observe(telemetry.LEARNED_SECONDS, taken)
 
-    def report(self, progress: Progress, learner: Learner, mark: Mark, gate_open: bool, last: bool) -> None:
-        """Export how it goes, and make an entry of the log if it is time for one, or the `last`."""
+    def waited(self, seconds: float) -> None:
+        """For a micro-batch, or in vain."""
+        self._waited_s += seconds
+
+    def execution(self) -> None:
+        """Another execution of Ray Data begins."""
+        self._exporter.add(telemetry.EXECUTIONS, 1)
+
+    def stalled(self, seconds: float) -> None:
+        """The steps stood still for a checkpoint's copy."""
+        self._exporter.observe(telemetry.CHECKPOINT_STALL, seconds)
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint was written. Called by the thread that wrote it."""
+        self._exporter.observe(telemetry.CHECKPOINT_SECONDS, seconds)
+
+    def report(
+        self,
+        progress: Progress,
+        learner: Learner,
+        mark: Mark,
+        gate_open: bool,
+        last: bool,
+        publish_failures: int = 0,
+    ) -> None:
+        """Export how it goes, and make an entry of the log if it is time for one, or the `last`.
+
+        `publish_failures`: versions that storage did not take, in this run.
+        """
+        self._publish_failures = publish_failures
         moment = self._moment(progress, learner, gate_open)
+        self._exporter.refresh()  # figures of quality are set more seldom
         self._export(progress, learner, moment)
         now = time.monotonic()
         caught_up = [row.partition for row in moment if row.figure == "lag" and row.value == 0]
@@ -111,6 +146,9 @@ class Monitor:
         self._count(telemetry.STEPS, self._steps)
         self._count(telemetry.TOKENS, self._tokens)
         self._count(telemetry.EVICTIONS, learner.evicted)
+        self._count(telemetry.INPUT_WAIT, self._waited_s)
+        self._count(telemetry.PUBLISHED, progress.version)
+        self._count(telemetry.PUBLISH_FAILURES, self._publish_failures)
         for name, count in progress.settled.items():
             self._count(telemetry.SETTLED, count, name)
         if self._last:
@@ -125,7 +163,7 @@ class Monitor:
         out.set(telemetry.GATE, singles["gate_open"])
         out.set(telemetry.STRAYS, singles["strays"])
 
-    def _count(self, metric: Metric, total: int, label: str = "") -> None:
+    def _count(self, metric: Metric, total: float, label: str = "") -> None:
         labels = {metric.labels[0]: label} if metric.labels else {}
         self._exporter.add(metric, total - self._counted[metric, label], **labels)
         self._counted[metric, label] = total

@@ -42,6 +42,7 @@ class Publisher:
         self._deltas = 0  # since the newest base
         self._step = -1  # of the newest version
         self.version = max(self._store.numbers(), default=0)  # the newest that is durable
+        self.failures = 0  # times that storage failed
 
     def publish(
         self, positions: Mapping[int, Sequence[tuple[int, int]]], newest_event_ms: int, wait: bool = False
@@ -79,6 +80,7 @@ class Publisher:
         try:
             builds_on = self._is_there(held.version)
         except OSError as error:
+            self.failures += 1
             logger.error("no weights version is published while storage cannot be read: %s", error)
             if wait:
                 raise
@@ -96,6 +98,7 @@ class Publisher:
         try:
             manifest = writing.result()
         except OSError as error:
+            self.failures += 1
             self._step = -1
             logger.error("no weights version was published, the next one carries its rows too: %s", error)
             return error

@@ -95,6 +95,12 @@ class Encoded:
     cached: int  # of them, found in the cache
     waited_ms: float  # until the first step that worked on it
     took_ms: float  # from the asking to the answer
+    encode_ms: float = 0.0  # of that, from that first step until all of the history was encoded
+
+    @property
+    def score_ms(self) -> float:
+        """From then on to the answer."""
+        return max(0.0, self.took_ms - self.waited_ms - self.encode_ms)
 
 
 @dataclasses.dataclass(frozen=True)

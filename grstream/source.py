@@ -16,7 +16,6 @@ Ray 2.60 is given its settings here, each of them a trap otherwise:
 """
 
 import functools
-import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -34,13 +33,13 @@ from ray.data import (
 from ray.data.block import BlockMetadata
 from ray.util.annotations import RayDeprecationWarning
 
-from grstream import telemetry
+from grstream import logs, telemetry
 from grstream.config import Config
+from grstream.exporter import Exporter
 from grstream.histories import Counters
 from grstream.ledger import Ledger
 from grstream.microbatch import MicroBatch
 from grstream.reader import LogReader, collect_seldom
-from grstream.telemetry import Exporter
 from grstream.until import Until
 
 EXPORT_S = 5.0  # between two looks at what a reader's histories hold
@@ -93,19 +92,27 @@ class ActionSource(Datasource):
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         tasks = []
         for reader in range(self._config.source.readers):
-            read = functools.partial(_read, self._config, reader, self._position, self._until)
+            read = functools.partial(_read_in_task, self._config, reader, self._position, self._until)
             # Ray Data warns of a task of more than 1 MiB, and does so by its function's name.
             read.__name__ = _read.__name__  # type: ignore[attr-defined]
             tasks.append(ReadTask(read, unknown))
         return tasks
 
 
-def _read(config: Config, reader: int, position: Ledger, until: Until | None) -> Iterator[pa.Table]:
-    logging.getLogger("kafka").setLevel(logging.WARNING)  # it tells of every connection
+def _read_in_task(config: Config, reader: int, position: Ledger, until: Until | None) -> Iterator[pa.Table]:
+    logs.configure(config.logs)
+    exporter = Exporter()
+    exporter.keep_fresh(EXPORT_S)  # while nothing comes, too
+    yield from _read(config, reader, position, until, exporter)
+
+
+def _read(
+    config: Config, reader: int, position: Ledger, until: Until | None, exporter: Exporter
+) -> Iterator[pa.Table]:
     collect_seldom()
     yield MicroBatch.empty(len(config.events.features)).to_block()
     log = LogReader(config, reader, position, until)
-    exporter, due = Exporter(), time.monotonic()
+    due = time.monotonic()
     for batch in log.batches():
         yield batch.to_block()
         if time.monotonic() >= due:

@@ -72,8 +72,19 @@ class _Partition:
 class HistoryTail:
     """Histories of the partitions p with p % shards == shard, kept current by a thread. Thread-safe."""
 
-    def __init__(self, config: Config, shard: int = 0, shards: int = 1) -> None:
+    def __init__(
+        self,
+        config: Config,
+        shard: int = 0,
+        shards: int = 1,
+        visible: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        """`visible` is told of each read how old its oldest record was when it was in the histories.
+
+        Its thread calls it, and not before it has caught up: what is read until then was sent before.
+        """
         self._config, self._shard, self._shards = config, shard, shards
+        self._visible = visible
         self._decoder = EventDecoder(config.events)
         self._lock = threading.Lock()  # over the histories and all the state below
         self._partitions: dict[int, _Partition] = {}
@@ -308,6 +319,8 @@ class HistoryTail:
                     held.newest_ms = int(times[np.searchsorted(offsets, decoded.batch.offsets[-1])])
             held.position = max(held.position, position)
             self._waiters.reached(partition, held.position)
+        if records and self._caught_up and int(times.min()) >= 0:
+            self._visible(max(0.0, time.time() - int(times.min()) / 1000))
 
     def _note_end(self) -> None:
         if self._caught_up:

@@ -1,20 +1,31 @@
 """Every metric that a grstream system exports through Ray, by name.
 
 Ray puts `ray_` before a name, and `_total` behind a counter's, on its way to Prometheus. Names and labels are
-an interface: dashboards and alerts are written against them.
+an interface: dashboards and alerts are written against them. What Ray Serve measures itself (requests by
+route and status, replicas, its own queues) is not measured again.
 """
 
 import enum
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-from ray.util import metrics as ray_metrics
+from types import MappingProxyType
+from typing import NamedTuple
 
 
 class Kind(enum.Enum):
     COUNTER = "counter"  # only grows, from zero with each start of the process
     GAUGE = "gauge"
     HISTOGRAM = "histogram"
+
+
+class Part(enum.Enum):
+    """Which process exports a metric."""
+
+    JOB = "training job"  # an actor that lives as long as the job does
+    TRAINER = "trainer"  # rank 0
+    READER = "reader"
+    SHARD = "history shard"
+    SCORER = "scorer"
+    GATEWAY = "gateway"
 
 
 class Metric(NamedTuple):
@@ -25,6 +36,9 @@ class Metric(NamedTuple):
     description: str
     labels: tuple[str, ...] = ()
     boundaries: tuple[float, ...] = ()  # of a histogram
+    # Of a counter with labels: the values that are exported as 0 from the start. A rate can only be told from
+    # a counter that was there before it grew.
+    known: tuple[tuple[str, ...], ...] = ()
 
     @property
     def exported(self) -> str:
@@ -45,6 +59,21 @@ SETTLED = Metric(
     "Offsets settled, by what became of them: trained, duplicate, dead_letter, tombstone, control, lost, "
     "joined, correction.",
     ("disposition",),
+    known=tuple(
+        (d,)
+        for d in (
+            *("trained", "duplicate", "dead_letter", "tombstone"),
+            *("control", "lost", "joined", "correction"),
+        )
+    ),
+)
+INPUT_WAIT = Metric(
+    "grstream_train_input_wait_seconds", Kind.COUNTER, "Seconds that rank 0 waited for micro-batches."
+)
+EXECUTIONS = Metric(
+    "grstream_train_executions",
+    Kind.COUNTER,
+    "Executions of Ray Data begun: one at the start, and another each time that one was recycled.",
 )
 STEP_SECONDS = Metric(
     "grstream_train_step_seconds",
@@ -108,7 +137,25 @@ MISSED = Metric(
 KEYS = Metric("grstream_vocabulary_keys", Kind.GAUGE, "Keys that have an embedding row.")
 EVICTIONS = Metric("grstream_vocabulary_evictions", Kind.COUNTER, "Keys that lost their row to new ones.")
 VERSION = Metric("grstream_weights_version", Kind.GAUGE, "Newest weights version published.")
+PUBLISHED = Metric("grstream_weights_published", Kind.COUNTER, "Weights versions published.")
+PUBLISH_FAILURES = Metric(
+    "grstream_weights_publish_failures",
+    Kind.COUNTER,
+    "Times that no weights version could be published because storage failed.",
+)
 CHECKPOINT = Metric("grstream_checkpoint", Kind.GAUGE, "Newest checkpoint written.")
+CHECKPOINT_SECONDS = Metric(
+    "grstream_checkpoint_seconds",
+    Kind.HISTOGRAM,
+    "Seconds of writing a checkpoint, beside the steps.",
+    boundaries=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+)
+CHECKPOINT_STALL = Metric(
+    "grstream_checkpoint_stall_seconds",
+    Kind.HISTOGRAM,
+    "Seconds that the steps stood still for a checkpoint's copy.",
+    boundaries=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
 GATE = Metric(
     "grstream_gate_open",
     Kind.GAUGE,
@@ -116,6 +163,17 @@ GATE = Metric(
 )
 STRAYS = Metric(
     "grstream_stray_users", Kind.GAUGE, "Users, one in 16 looked at, whose events came by several partitions."
+)
+
+# -- the training job, over all lives of its ranks ----------------------------------------------------------
+
+RESTARTS = Metric(
+    "grstream_train_restarts", Kind.COUNTER, "Starts of the worker group after the first: its last one died."
+)
+REVERTS = Metric(
+    "grstream_train_reverts",
+    Kind.COUNTER,
+    "Returns to the newest checkpoint because the weights had gone bad.",
 )
 
 # -- the trainer's readers ----------------------------------------------------------------------------------
@@ -160,50 +218,188 @@ HISTORY_AGE = Metric(
     ("partition",),
 )
 
-METRICS = tuple(value for value in globals().values() if isinstance(value, Metric))
+HISTORY_VISIBLE = Metric(
+    "grstream_history_visible_seconds",
+    Kind.HISTOGRAM,
+    "Seconds from a record's time in the log until it is in a history that scores are computed from; of the "
+    "oldest record of each read, once the shard has caught up.",
+    boundaries=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60),
+)
+HISTORY_CONNECTED = Metric(
+    "grstream_history_connected", Kind.GAUGE, "1 while a shard reaches the broker, 0 while not.", ("shard",)
+)
+HISTORY_CAUGHT_UP = Metric(
+    "grstream_history_caught_up",
+    Kind.GAUGE,
+    "1 once a shard has been at the log's end and so answers, 0 before.",
+    ("shard",),
+)
+HISTORY_LOST = Metric(
+    "grstream_history_lost_offsets", Kind.COUNTER, "Offsets that the log no longer had when they were due."
+)
+HISTORY_REJECTED = Metric(
+    "grstream_history_rejected_records", Kind.COUNTER, "Records that are no events, and were passed over."
+)
+
+# -- scorers ------------------------------------------------------------------------------------------------
+
+SERVED_VERSION = Metric(
+    "grstream_served_version", Kind.GAUGE, "Newest weights version that a scorer serves; 0 before the first."
+)
+SERVED_AGE = Metric("grstream_served_version_age_seconds", Kind.GAUGE, "Since that version was published.")
+SERVED_EVENT_AGE = Metric(
+    "grstream_served_event_age_seconds",
+    Kind.GAUGE,
+    "Age of the newest event that that version has learned from.",
+)
+VERSIONS_REFUSED = Metric(
+    "grstream_weights_refused",
+    Kind.COUNTER,
+    "Weights versions that a scorer would not serve: corrupt, or unusable (not finite, another schema).",
+    ("reason",),
+    known=(("corrupt",), ("unusable",)),
+)
+WEIGHTS_ERRORS = Metric(
+    "grstream_weights_read_errors",
+    Kind.COUNTER,
+    "Looks for a newer version that failed because storage or its orders could not be read.",
+)
+ENGINE_WAITING = Metric("grstream_engine_waiting_requests", Kind.GAUGE, "Requests that an engine holds.")
+ENGINE_STEPS = Metric("grstream_engine_steps", Kind.COUNTER, "Steps of the engine, each shared by requests.")
+ENGINE_REQUESTS = Metric(
+    "grstream_engine_requests",
+    Kind.COUNTER,
+    "Requests answered, by what the cache of keys and values spared: hit, extend (all but the newest "
+    "events), miss.",
+    ("reuse",),
+    known=(("hit",), ("extend",), ("miss",)),
+)
+ENGINE_CANDIDATES = Metric(
+    "grstream_engine_candidates", Kind.COUNTER, "Query tokens scored, candidates mostly."
+)
+ENGINE_TOKENS = Metric(
+    "grstream_engine_tokens",
+    Kind.COUNTER,
+    "Memory tokens of histories: encoded, or found in the cache by requests that were answered.",
+    ("source",),
+    known=(("encoded",), ("cached",)),
+)
+ENGINE_EXPIRED = Metric(
+    "grstream_engine_expired_requests", Kind.COUNTER, "Requests whose time was over before their turn came."
+)
+ENGINE_REBUILT = Metric(
+    "grstream_engine_rebuilt_histories",
+    Kind.COUNTER,
+    "Histories encoded anew under a newer version in idle steps.",
+)
+CACHE_EVICTED = Metric("grstream_cache_evicted_pages", Kind.COUNTER, "Pages that made room for others.")
+CACHE_PAGES = Metric("grstream_cache_pages", Kind.GAUGE, "Pages of keys and values in use.")
+CACHE_BYTES = Metric("grstream_cache_bytes", Kind.GAUGE, "Bytes of pages in use.")
+CACHE_BUDGET = Metric(
+    "grstream_cache_budget_bytes", Kind.GAUGE, "Bytes that pages may take: serve.cache_bytes."
+)
+ITEMS_LAG = Metric(
+    "grstream_items_lag_offsets",
+    Kind.GAUGE,
+    "Offsets of the topic of items that a scorer has not read; only where there is such a topic.",
+)
+
+# -- gateways -----------------------------------------------------------------------------------------------
+
+STAGE_SECONDS = Metric(
+    "grstream_request_stage_seconds",
+    Kind.HISTOGRAM,
+    "Seconds of a request for scores, by stage: histories (asking the shard), scorer (asking the scorer), "
+    "and within that queue (until the engine began), encode (until all of the history was encoded) and "
+    "score; gateway is all of it, from the request's first byte at the gateway to its answer.",
+    ("stage",),
+    boundaries=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+)
+REFUSALS = Metric(
+    "grstream_refusals",
+    Kind.COUNTER,
+    "Requests, and elements of batches, that got an error, by its status and type.",
+    ("status", "reason"),
+    known=(
+        ("401", "unauthorized"),
+        ("409", "not_yet_visible"),
+        ("413", "body_too_large"),
+        ("413", "too_many"),
+        ("422", "invalid_request"),
+        ("429", "too_many_requests"),
+        ("500", "internal"),
+        ("500", "unusable_weights"),
+        ("503", "broker_unavailable"),
+        ("503", "history_shard_unavailable"),
+        ("503", "log_refused"),
+        ("503", "not_ready"),
+        ("503", "queue_full"),
+        ("503", "schema_changing"),
+        ("503", "scorer_unavailable"),
+        ("503", "timeout"),
+        ("503", "topic_missing"),
+    ),
+)
+STALE = Metric(
+    "grstream_stale_answers",
+    Kind.COUNTER,
+    "Histories that were answered as last seen, because their shard was away.",
+)
+POSTED = Metric(
+    "grstream_actions_posted", Kind.COUNTER, "Events that clients posted and the log acknowledged."
+)
+EXPOSURES_DROPPED = Metric(
+    "grstream_exposures_dropped",
+    Kind.COUNTER,
+    "Impressions that are not in the log, since it did not keep up or was away.",
+)
+
+_EXPORTED_BY: tuple[tuple[Part, tuple[Metric, ...]], ...] = (
+    (Part.JOB, (RESTARTS, REVERTS)),
+    (
+        Part.TRAINER,
+        (
+            *(EVENTS, STEPS, TOKENS, SETTLED, INPUT_WAIT, EXECUTIONS, STEP_SECONDS, LEARNED_SECONDS),
+            *(RANKING_LOSS, RETRIEVAL_LOSS, LAG, FRESHNESS, ENTROPY, CALIBRATION, GAUC, HIT_RATE),
+            *(WINDOW_EVENTS, MISSED, KEYS, EVICTIONS, VERSION, PUBLISHED, PUBLISH_FAILURES),
+            *(CHECKPOINT, CHECKPOINT_SECONDS, CHECKPOINT_STALL, GATE, STRAYS),
+        ),
+    ),
+    (
+        Part.READER,
+        (
+            *(USERS, HISTORY_EVENTS, HISTORY_BYTES, USERS_EVICTED, LATE, TOO_LATE),
+            *(OPEN_EXPOSURES, CLOSED_EARLY),
+        ),
+    ),
+    (
+        Part.SHARD,
+        (
+            *(HISTORY_LAG, HISTORY_AGE, HISTORY_VISIBLE, HISTORY_CONNECTED, HISTORY_CAUGHT_UP),
+            *(HISTORY_LOST, HISTORY_REJECTED),
+        ),
+    ),
+    (
+        Part.SCORER,
+        (
+            *(SERVED_VERSION, SERVED_AGE, SERVED_EVENT_AGE, VERSIONS_REFUSED, WEIGHTS_ERRORS),
+            *(ENGINE_WAITING, ENGINE_STEPS, ENGINE_REQUESTS, ENGINE_CANDIDATES, ENGINE_TOKENS),
+            *(ENGINE_EXPIRED, ENGINE_REBUILT, CACHE_EVICTED, CACHE_PAGES, CACHE_BYTES, CACHE_BUDGET),
+            ITEMS_LAG,
+        ),
+    ),
+    (Part.GATEWAY, (STAGE_SECONDS, REFUSALS, STALE, POSTED, EXPOSURES_DROPPED)),
+)
+BY_PART: Mapping[Part, tuple[Metric, ...]] = MappingProxyType(dict(_EXPORTED_BY))
+METRICS = tuple(metric for metrics in BY_PART.values() for metric in metrics)
 
 
-class Exporter:
-    """Gives metrics of one process to Ray, which its own agent exports."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, Any] = {}
-        self._shown: dict[Metric, set[tuple[str, ...]]] = {}
-
-    def add(self, metric: Metric, count: float, **labels: object) -> None:
-        """Count on. A counter that never counted is not exported."""
-        if count > 0:
-            self._of(metric).inc(count, _strings(labels))
-
-    def set(self, metric: Metric, value: float, **labels: object) -> None:
-        self._of(metric).set(value, _strings(labels))
-        self._shown.setdefault(metric, set()).add(tuple(_strings(labels)[name] for name in metric.labels))
-
-    def set_all(self, metric: Metric, values: Mapping[Any, float]) -> None:
-        """All there is of a gauge, by its labels' values; what was there before and is not now is NaN."""
-        now = {tuple(map(str, labels)): value for labels, value in values.items()}
-        for labels in self._shown.get(metric, set()) - now.keys():
-            self.set(metric, float("nan"), **dict(zip(metric.labels, labels, strict=True)))
-        for labels, value in now.items():
-            self.set(metric, value, **dict(zip(metric.labels, labels, strict=True)))
-
-    def observe(self, metric: Metric, value: float, **labels: object) -> None:
-        # Ray leaves out what is zero or below.
-        self._of(metric).observe(max(value, 1e-9), _strings(labels))
-
-    def _of(self, metric: Metric) -> Any:
-        if metric.name not in self._held:
-            kwargs: dict[str, Any] = {"description": metric.description, "tag_keys": metric.labels}
-            if metric.kind is Kind.HISTOGRAM:
-                kwargs["boundaries"] = list(metric.boundaries)
-            made = {
-                Kind.COUNTER: ray_metrics.Counter,
-                Kind.GAUGE: ray_metrics.Gauge,
-                Kind.HISTOGRAM: ray_metrics.Histogram,
-            }[metric.kind]
-            self._held[metric.name] = made(metric.name, **kwargs)
-        return self._held[metric.name]
-
-
-def _strings(labels: dict[str, object]) -> dict[str, str]:
-    return {name: str(value) for name, value in labels.items()}
+def table() -> str:
+    """All metrics as a table in Markdown, as they are known to Prometheus."""
+    lines = ["| metric | kind | labels | by | |", "|---|---|---|---|---|"]
+    for part, metrics in BY_PART.items():
+        for metric in metrics:
+            labels = ", ".join(f"`{label}`" for label in metric.labels)
+            cells = (f"`{metric.exported}`", metric.kind.value, labels, part.value, metric.description)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -20,6 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.callback import UserCallback
 
+from grstream import logs
 from grstream.board import Board, Progress
 from grstream.config import Config
 from grstream.exchange import Exchange
@@ -156,9 +157,11 @@ def _run_rank(
     config: Config, board: Board, executions: Executions, until: Until | None, exchange: Exchange | None
 ) -> None:
     """What Ray Train runs in each worker."""
-    logging.getLogger("kafka").setLevel(logging.WARNING)  # it tells of every connection
+    logs.configure(config.logs)
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    if ranks.rank == 0:
+        board.started()
     try:
         trainer = Trainer(config, ranks, board, until, get_device(), exchange)
     except SchemaChanged as error:

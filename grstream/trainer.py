@@ -151,7 +151,9 @@ class Trainer:
         self._run = ranks.gather(new_run())[0]
         self._journal = self._open_journal(resumed)
         self._predictions = self._open_predictions()
-        self._monitor = Monitor(config, self._run, self._settled()) if self._journal else None
+        self._monitor: Monitor | None = None
+        if self._journal:
+            self._monitor = Monitor(config, self._run, self._settled(), self._publisher.version)
         self._stopping = False
         self._saved_settled = self._settled()
         self._next_checkpoint = time.monotonic() + config.train.checkpoint_every_s
@@ -172,6 +174,8 @@ class Trainer:
             settled = self._settled()
             splits = executions.renew(self._ledger.position(), self._ranks.world) if self._leads else []
             feed = Feed(self._ranks.gather(splits)[0][self._ranks.rank])
+            if self._monitor:
+                self._monitor.execution()
             try:
                 self._consume(feed)
             finally:
@@ -200,6 +204,8 @@ class Trainer:
         greeted, began, warned = 0, time.monotonic(), False
         for batch, waited_s in self._turns(feed, wait_s):
             self._waited_s += waited_s
+            if self._monitor:
+                self._monitor.waited(waited_s)
             votes = self._ranks.gather(self._vote(batch, feed))
             greeted += sum(vote.greetings for vote in votes)
             if greeted < self._config.source.readers:
@@ -391,7 +397,10 @@ class Trainer:
             return
         if self._predictions:
             self._predictions.flush()
+        began = time.monotonic()
         state = self._learner.state()
+        if self._monitor:
+            self._monitor.stalled(time.monotonic() - began)
         if self._journal:
             record = Record(
                 number=self._next_number,
@@ -416,8 +425,11 @@ class Trainer:
 
     def _save(self, journal: Journal, record: Record, ledger: Ledger, state: LearnerState) -> Checkpoint:
         """Write a checkpoint, in a thread of its own."""
+        began = time.monotonic()
         journal.sync()
         saved = self._store.write(record, ledger, state.save, self._ranks.world)
+        if self._monitor:
+            self._monitor.saved(time.monotonic() - began)
         self._store.prune(self._config.train.keep_checkpoints)
         return saved
 
@@ -457,4 +469,11 @@ class Trainer:
         self._board.report(progress)
         self._journal.note({"progress": dataclasses.asdict(progress)})
         if self._monitor:
-            self._monitor.report(progress, self._learner, self._journal.mark, self._gate.open, last)
+            self._monitor.report(
+                progress,
+                self._learner,
+                self._journal.mark,
+                self._gate.open,
+                last,
+                self._publisher.failures,
+            )

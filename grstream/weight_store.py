@@ -87,6 +87,7 @@ class WeightStore:
         self._nearby = nearby
         self._held: WeightsVersion | None = None
         self._rejected: set[int] = set()  # immutable, so once bad always bad: read and reported once
+        self.corrupt = 0  # versions that `instead_of` passed over
 
     def publish(
         self,
@@ -188,7 +189,8 @@ class WeightStore:
                 return self._held
             except CorruptWeights as error:
                 self.reject(candidate)
-                logger.error("%s; version %d is not served", error, candidate)
+                self.corrupt += 1
+                logger.error("%s; version %d is not served", error, candidate, extra={"version": candidate})
             except (
                 VersionMissing
             ) as error:  # pruned since it was listed: newer ones are there by the next call

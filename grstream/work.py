@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import time
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -45,6 +46,16 @@ class Work(abc.ABC, Generic[Answer]):
 
     def __init__(self, served: Served, shelf: Shelf) -> None:
         self.served, self.shelf = served, shelf
+        self._begun = time.monotonic()
+        self._encoded: float | None = None  # when the first rows were asked for, which is once all is encoded
+
+    def began_to_score(self) -> None:
+        self._encoded = self._encoded or time.monotonic()
+
+    def timed(self, encoded: Encoded) -> Encoded:
+        """With the time that went before the first rows."""
+        took = 0.0 if self._encoded is None else self._encoded - self._begun
+        return dataclasses.replace(encoded, encode_ms=1e3 * took)
 
     def names_of(self, items: Keys) -> dict[int, str]:
         return self.shelf.names_of(items) | self.served.names_of(items)
@@ -84,6 +95,7 @@ class Ranking(Work[Ranked]):
         return len(self._items) - self._asked
 
     def rows(self, most: int) -> Rows:
+        self.began_to_score()
         at = slice(self._asked, self._asked + most)
         vectors, known = candidate_vectors(self.served, self._items[at], self._features[at])
         self._asked += len(vectors)
@@ -102,7 +114,7 @@ class Ranking(Work[Ranked]):
 
     def answer(self, sequence: Sequence, encoded: Encoded) -> Ranked:
         known = np.concatenate(self._known) if self._known else np.zeros(0, np.bool_)
-        told = (self.served.number, sequence.reuse, self.served.schema.actions, encoded)
+        told = (self.served.number, sequence.reuse, self.served.schema.actions, self.timed(encoded))
         return Ranked(self.probabilities(), known, *told)
 
 
@@ -127,6 +139,7 @@ class Retrieval(Work[Retrieved]):
         return int(self._user is None)
 
     def rows(self, most: int) -> Rows:
+        self.began_to_score()
         return Rows(self.served.model.start.new_zeros(1, len(self.served.model.start)), Kind.REQUEST)
 
     def take(self, outputs: Tensor, sequence: Sequence) -> None:
@@ -143,7 +156,7 @@ class Retrieval(Work[Retrieved]):
     def answer(self, sequence: Sequence, encoded: Encoded) -> Retrieved:
         items, scores = self.found()
         names = self.names_of(items)
-        return Retrieved(items, names, scores, self.served.number, sequence.reuse, encoded)
+        return Retrieved(items, names, scores, self.served.number, sequence.reuse, self.timed(encoded))
 
 
 class Recommendation(Work[Recommended]):
@@ -192,7 +205,7 @@ class Recommendation(Work[Recommended]):
             actions=actions,
             version=self.served.number,
             reuse=sequence.reuse,
-            encoded=encoded,
+            encoded=self._retrieval.timed(encoded),
         )
 
 

@@ -88,6 +88,7 @@ class LocalStack:
         self._lock: IO[str] | None = None
         # Ray's own defaults (6379, 10001, workers on 10002 to 19999) may be another cluster's.
         self._ray_port, self._token = free_port(), secrets.token_hex(32)
+        self.metrics_port = free_port()  # where Ray exports the metrics of all parts, for Prometheus
         self.config: Config
 
     def __enter__(self) -> "LocalStack":
@@ -157,6 +158,7 @@ class LocalStack:
             command += ["--include-dashboard=false", f"--temp-dir={self._ray_home}", f"--num-cpus={CPUS}"]
             command += [f"--port={self._ray_port}", f"--ray-client-server-port={free_port()}"]
             command += ["--min-worker-port=0", "--max-worker-port=0"]
+            command += [f"--metrics-export-port={self.metrics_port}"]
             child = self._run("ray", [*command, f"--object-store-memory={OBJECT_STORE_BYTES}"])
             child.wait_for(lambda: _said(child, "Ray runtime started"), START_S, self._stopping)
 

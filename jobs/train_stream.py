@@ -14,6 +14,7 @@ and a weights version are written, exit code 0. A second one aborts. Started aga
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from types import FrameType
 
 import ray
 
+from grstream import logs
 from grstream.board import Progress
 from grstream.config import Config, ConfigError, load
 from grstream.kafka import BrokerUnavailable, TopicMissing, partition_count
@@ -31,13 +33,15 @@ from grstream.lag import Lag
 from grstream.train import LASTING, NotEnoughCpus, train
 from grstream.until import Until
 
+logger = logging.getLogger("jobs.train_stream")  # it runs as __main__
+
 
 class Lines:
-    """Progress as lines for a person."""
+    """Progress as lines: for a person, or of the log where that is JSON."""
 
     def __init__(self, config: Config) -> None:
         partition_count(config.kafka)  # a broker or topic that is not there is said at once
-        self._lag = Lag(config.kafka)
+        self._lag, self._json = Lag(config.kafka), config.logs.format == "json"
         self._before: Progress | None = None
 
     def show(self, now: Progress) -> None:
@@ -47,6 +51,10 @@ class Lines:
             # Fewer than before: a run that resumed from a checkpoint.
             rate = max(0, now.events - before.events) * 1000 / (now.at_ms - before.at_ms)
         lag = self._lag.of(now.positions)
+        if self._json:
+            told = {**dataclasses.asdict(now), "lag": lag, "events_per_s": round(rate, 1)}
+            logger.info("progress", extra=told)
+            return
         parts = [
             time.strftime("%H:%M:%S"),
             f"{now.events:,} events",
@@ -67,10 +75,9 @@ class Lines:
 
 def main() -> int:
     options = _options()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("kafka").setLevel(logging.WARNING)
     try:
         config = load(options.config)
+        logs.configure(config.logs)
         until = Until.parse(options.until, config) if options.until else None
         lines = Lines(config)
     except (ConfigError, BrokerUnavailable, TopicMissing, ValueError) as error:
@@ -78,7 +85,12 @@ def main() -> int:
         return 2
     # Ray Train looks at its workers this often: a stop must be through in the 3 s that `ray job stop` gives.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-    ray.init(log_to_driver=options.verbose, logging_level=logging.WARNING)
+    ray.init(
+        log_to_driver=options.verbose,
+        logging_level=logging.WARNING,
+        logging_config=_ray_logs(config) if config.logs.format == "json" else None,
+    )
+    logs.configure(config.logs)  # Ray sets up the root logger, too
     stop = _stop_on_signals()
     try:
         final = train(config, until, stop, lines.show)
@@ -92,6 +104,12 @@ def main() -> int:
     )
     print(f"{'stopped' if stop.is_set() else 'done'}: {settled}", flush=True)
     return 0
+
+
+def _ray_logs(config: Config) -> ray.LoggingConfig:
+    """What Ray and libraries say in the job's processes, beside what the project says."""
+    level = "WARNING" if config.logs.level in ("DEBUG", "INFO") else config.logs.level
+    return ray.LoggingConfig(encoding="JSON", log_level=level, additional_log_standard_attrs=["name"])
 
 
 def _stop_on_signals() -> threading.Event:

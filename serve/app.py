@@ -6,7 +6,6 @@ clients ─► gateways ─► history-0 … history-n     histories, live from 
 
 import importlib.util
 import ipaddress
-import logging
 import os
 import pathlib
 from typing import Any
@@ -22,12 +21,14 @@ from ray.serve.schema import LoggingConfig
 
 import grstream
 from grstream import config as configuration
+from grstream import logs
 from grstream.config import Config, ConfigError
 from serve.backend import RayBackend
 from serve.errors import RETRY_AFTER_S
 from serve.exposure_log import ExposureLog
 from serve.gateway import create_app
-from serve.middleware import Keyring, access_log
+from serve.instruments import Instruments
+from serve.middleware import Keyring, log_access
 from serve.scorer import Scorer
 from serve.shard import HistoryShard
 
@@ -78,11 +79,14 @@ def application(config: Config, keys: Keyring) -> Application:
         "health_check_period_s": HEALTH_PERIOD_S,
         "health_check_timeout_s": HEALTH_TIMEOUT_S,
         "graceful_shutdown_timeout_s": config.serve.request_timeout_ms / 1000,
-        # A line for each call of a replica is more than the log of requests, which is ours, needs.
-        "logging_config": LoggingConfig(enable_access_log=False),
+        # Of what Serve says of a replica; what the project says is configured by each replica itself. A line
+        # for each call of a replica is more than the log of requests, which is ours, needs.
+        "logging_config": LoggingConfig(
+            encoding=config.logs.format.upper(), log_level=config.logs.level, enable_access_log=False
+        ),
     }
     shards = [
-        serve.deployment(HistoryShard)
+        serve.deployment(HistoryShardReplica)
         .options(
             name=f"history-{index}",
             num_replicas=1,
@@ -95,7 +99,7 @@ def application(config: Config, keys: Keyring) -> Application:
         for index in range(config.serve.history_shards)
     ]
     scorers = (
-        serve.deployment(Scorer)
+        serve.deployment(ScorerReplica)
         .options(
             name="scorer",
             num_replicas=config.serve.replicas,
@@ -126,6 +130,22 @@ def application(config: Config, keys: Keyring) -> Application:
     )
 
 
+class ScorerReplica(Scorer):
+    """A scorer in a process of its own."""
+
+    def __init__(self, config: Config) -> None:
+        logs.configure(config.logs)
+        super().__init__(config)
+
+
+class HistoryShardReplica(HistoryShard):
+    """A history shard in a process of its own."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        logs.configure(config.logs)
+        super().__init__(config, index)
+
+
 @serve.ingress()
 class Gateway:
     """The ingress deployment: `serve.gateway` over Ray."""
@@ -133,18 +153,22 @@ class Gateway:
     def __init__(
         self, config: Config, keys: Keyring, scorers: DeploymentHandle, shards: list[DeploymentHandle]
     ) -> None:
+        logs.configure(config.logs)
+        log_access()
         self._config, self._keys = config, keys
+        self._instruments = Instruments()
         self._exposures = ExposureLog(config) if config.serve.exposure_topic else None
         self._backend = RayBackend(config, _pickling(scorers), [_pickling(shard) for shard in shards])
         self._ranking: Any = None
-        # Ray sets up its own loggers alone. To the replica's standard error, which Ray keeps.
-        access_log.addHandler(logging.StreamHandler())
-        access_log.setLevel(logging.INFO)
-        access_log.propagate = False
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
         exposures = self._exposures.add if self._exposures else None
-        return create_app(self._config, self._backend, self._keys, exposures)
+        return create_app(self._config, self._backend, self._keys, exposures, self._instruments)
+
+    async def check_health(self) -> None:
+        """Serve asks every few seconds: what is not counted request by request goes out then."""
+        if self._exposures is not None:
+            self._instruments.exposures_dropped(self._exposures.dropped)
 
     async def Rank(self, asked: Any, grpc_context: Any) -> Any:
         """`Rank` of serve/rank.proto, where the cluster's Serve has `serve.rpc:add_ranking`."""
@@ -152,7 +176,8 @@ class Gateway:
             from serve.rpc import Ranking  # protobuf's newer versions are needed for it alone
 
             listed = self._exposures.add if self._exposures else None
-            self._ranking = Ranking(self._config, self._backend, self._keys, listed)
+            told = (self._keys, listed, self._instruments)
+            self._ranking = Ranking(self._config, self._backend, *told)
         return await self._ranking.rank(asked, grpc_context)
 
     def __del__(self) -> None:

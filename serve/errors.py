@@ -7,11 +7,13 @@ import pydantic
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from grstream.api import Appended, ErrorAnswer, Problem
 from grstream.schema import Schema
 
 REQUEST_ID = "grstream.request_id"  # of an ASGI scope: see serve/middleware.py
+REASON = "grstream.reason"  # of an ASGI scope: the type of the refusal that was answered
 RETRY_AFTER_S = 1  # a dead replica is back in seconds; clients that come a second later spread by themselves
 NOT_JSON = "body is not JSON"
 WHY_NOT = {
@@ -117,11 +119,17 @@ def response(refusal: Refusal, request_id: str | None) -> Response:
     return Response(body, refusal.status, headers, media_type="application/json")
 
 
+def answer(refusal: Refusal, scope: Scope) -> Response:
+    """The refusal as the answer to a request, whose scope then tells its reason."""
+    scope[REASON] = refusal.problem.type
+    return response(refusal, scope.get(REQUEST_ID))
+
+
 def install(app: fastapi.FastAPI) -> None:
     """Have an application answer every error in this form."""
 
     def answered(request: fastapi.Request, refusal: Refusal) -> Response:
-        return response(refusal, request.scope.get(REQUEST_ID))
+        return answer(refusal, request.scope)
 
     async def on_refusal(request: fastapi.Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)

@@ -31,6 +31,8 @@ class WeightsFollower:
         self._source, self._engine, self._poll_s = source, engine, poll_s
         self._stopping = threading.Event()
         self._unusable: Beside | None = None  # of an A/B test, reported once
+        self.refused = 0  # versions that the engine would not serve
+        self.errors = 0  # looks that failed
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
 
     def start(self) -> None:
@@ -56,10 +58,15 @@ class WeightsFollower:
         try:
             self._engine.swap(version)
         except UnusableWeights as error:
-            logger.error("%s; it is not served", error)
+            logger.error("%s; it is not served", error, extra={"version": version.number})
+            self.refused += 1
             self._source.reject(version.number)
             return True
-        logger.info("serving weights version %d of step %d", version.number, version.manifest.step)
+        logger.info(
+            "serving weights version %d of step %d",
+            *(version.number, version.manifest.step),
+            extra={"version": version.number, "step": version.manifest.step},
+        )
         return False
 
     def follow_ab(self) -> None:
@@ -93,5 +100,6 @@ class WeightsFollower:
             self.follow_ab()
             return again
         except (OSError, WeightsError) as error:  # shared storage may be away for a while
+            self.errors += 1
             logger.error("cannot read weights versions: %s", error)
             return False

@@ -55,6 +55,7 @@ from grstream.weights import Manifest
 from serve import errors
 from serve.errors import Invalid, NotYet, Refusal, Unavailable
 from serve.exposure_log import Listing
+from serve.instruments import Instruments
 from serve.judge import Judge, limit, now_ms, offset_of, user_of
 from serve.middleware import VERSION_HEADER, Access, Admission, BoundedBody, Keyring, RequestLog
 from serve.schemas import (
@@ -70,6 +71,10 @@ from serve.schemas import (
 )
 
 logger = logging.getLogger(__name__)
+
+LISTS = frozenset(
+    f"/v1/{batch}{what}" for batch in ("", "batch/") for what in ("rank", "retrieve", "recommend")
+)
 
 R = TypeVar("R", bound=ForUser)
 A = TypeVar("A", bound=pydantic.BaseModel)
@@ -135,13 +140,14 @@ def create_app(
     backend: Backend,
     keys: Keyring | None = None,
     exposures: Callable[[Listing], None] | None = None,
+    instruments: Instruments | None = None,
 ) -> fastapi.FastAPI:
     """The FastAPI application of a gateway.
 
     Without `keys` it answers clients of this machine alone. `exposures` takes every list that is answered,
     and must not wait.
     """
-    keys = keys or Keyring({})
+    keys, instruments = keys or Keyring({}), instruments or Instruments()
     bearer = fastapi.security.HTTPBearer(auto_error=False, description="or the key as X-API-Key")
     app = fastapi.FastAPI(
         title="grstream",
@@ -151,9 +157,12 @@ def create_app(
             status: {"model": ErrorAnswer, "description": what} for status, what in errors.WHY_NOT.items()
         },
         dependencies=[fastapi.Security(bearer)] if keys else [],
+        # Newer ones trace by themselves: paths, which name users, and what was wrong with a body, which is
+        # a user's, too.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     errors.install(app)
-    gateway = Gateway(config, backend, exposures)
+    gateway = Gateway(config, backend, exposures, instruments)
     app.post("/v1/rank", response_model=RankAnswer)(gateway.rank)
     app.post("/v1/retrieve", response_model=RetrieveAnswer)(gateway.retrieve)
     app.post("/v1/recommend", response_model=RecommendAnswer)(gateway.recommend)
@@ -170,7 +179,7 @@ def create_app(
     serving = config.serve
     app.add_middleware(BoundedBody, max_bytes=serving.max_body_bytes, timeout_ms=serving.body_timeout_ms)
     app.add_middleware(Access, admission=Admission(keys, serving.max_in_flight_per_key))
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLog, instruments=instruments, timed=LISTS)
     return app
 
 
@@ -187,9 +196,14 @@ class Gateway:
     """The routes. `ranked`, `retrieved` and `recommended` answer one request, however it came."""
 
     def __init__(
-        self, config: Config, backend: Backend, exposures: Callable[[Listing], None] | None = None
+        self,
+        config: Config,
+        backend: Backend,
+        exposures: Callable[[Listing], None] | None = None,
+        instruments: Instruments | None = None,
     ) -> None:
         self._config = config
+        self._instruments = instruments or Instruments()
         self._exposures = exposures
         self._backend = backend
         self._judge = Judge(config)
@@ -225,9 +239,11 @@ class Gateway:
         asked = self._judge.to_rank(request)
         async with self._patience():
             held = await self._held(request)
-            found = await self._backend.rank(
-                request.user_id, held.history, asked.items, asked.features, asked.at_ms
-            )
+            with self._instruments.stage("scorer"):
+                found = await self._backend.rank(
+                    request.user_id, held.history, asked.items, asked.features, asked.at_ms
+                )
+            self._instruments.engine(found.encoded)
         shown = _as_given(request.ids_as_strings)
         rows = zip(asked.ids, found.probabilities.tolist(), found.known.tolist(), strict=True)
         weights = np.array([self._config.serve.weight(action) for action in found.actions], np.float32)
@@ -265,7 +281,9 @@ class Gateway:
     async def actions(self, request: ActionsRequest) -> Response:
         """Append events to the log. All are judged before any is sent; each answer is an acknowledgement."""
         events = self._judge.events(request)
-        return _json(ActionsAnswer(results=await self._backend.append(events)))
+        placed = await self._backend.append(events)
+        self._instruments.posted(len(placed))
+        return _json(ActionsAnswer(results=placed))
 
     async def user_history(
         self,
@@ -364,9 +382,11 @@ class Gateway:
             exclude = asked.exclude
             if request.exclude_history:
                 exclude = np.concatenate([exclude, held.history.items])
-            found = await find(
-                request.user_id, held.history, asked.k, asked.context, asked.at_ms, exclude, asked.allow
-            )
+            with self._instruments.stage("scorer"):
+                found = await find(
+                    request.user_id, held.history, asked.k, asked.context, asked.at_ms, exclude, asked.allow
+                )
+            self._instruments.engine(found.encoded)
         return found, held, _as_given(request.ids_as_strings)
 
     async def _held(self, request: ForUser) -> _Held:
@@ -379,9 +399,13 @@ class Gateway:
         return _Held(held.history, position, held.stale)
 
     async def _read(self, user: Id, min_offset: int | None, token: str | None) -> UserHistory:
-        if token is not None:
-            min_offset = offset_of(token, await self._backend.partition(user))
-        return await self._backend.history(user, min_offset)
+        with self._instruments.stage("histories"):
+            if token is not None:
+                min_offset = offset_of(token, await self._backend.partition(user))
+            held = await self._backend.history(user, min_offset)
+        if held.stale:
+            self._instruments.stale()
+        return held
 
     def _listed(
         self, request: ForUser, held: _Held, found: Ranked | Retrieved | Recommended
@@ -443,7 +467,11 @@ class Gateway:
             return await answer(request)
 
         outcomes = await asyncio.gather(*(one(r) for r in batch.requests), return_exceptions=True)
-        return [_element(outcome) for outcome in outcomes]
+        elements: list[BatchElement[A]] = [_element(outcome) for outcome in outcomes]
+        for element in elements:
+            if element.error is not None:
+                self._instruments.refused(element.status, element.error.type)
+        return elements
 
 
 def _element(outcome: A | BaseException) -> BatchElement[A]:

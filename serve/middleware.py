@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import hmac
 import ipaddress
-import json
 import logging
 import re
 import time
@@ -17,9 +16,13 @@ import uuid
 from collections.abc import Iterator, Mapping
 
 import pydantic
+from opentelemetry.trace import Span, SpanKind
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import REQUEST_ID, Refusal, TooManyRequests, Unauthorized, response
+from grstream import logs
+from serve.errors import REASON, REQUEST_ID, Refusal, TooManyRequests, Unauthorized, answer
+from serve.instruments import Instruments
+from serve.tracing import parent
 
 KEY_NAME = "grstream.key_name"  # of an ASGI scope: whose API key the request came with
 VERSION_HEADER = "X-Weights-Version"
@@ -48,10 +51,11 @@ class Keyring:
 
 
 class RequestLog:
-    """Gives a request its id, which its answer names, and writes a line of JSON once it is answered."""
+    """Gives a request its id, which its answer names, and tells of it once it is answered."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, instruments: Instruments, timed: frozenset[str]) -> None:
+        """`timed`: the routes whose time is a stage of its own."""
+        self._app, self._instruments, self._timed = app, instruments, timed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,21 +80,46 @@ class RequestLog:
                     }
             await send(message)
 
-        try:
-            await self._app(scope, receive, pass_on)
-        except Exception:
-            status = 500  # whoever is outside answers it
-            raise
-        finally:
-            write_line(
-                began,
-                request_id=name,
-                method=scope["method"],
-                path=getattr(scope.get("route"), "path", None),
-                status=status,
-                version=version,
-                key=scope.get(KEY_NAME),
-            )
+        with logs.request(name), self._span(scope, name) as span:
+            try:
+                await self._app(scope, receive, pass_on)
+            except Exception:
+                status, scope[REASON] = 500, "internal"  # whoever is outside answers it
+                raise
+            finally:
+                path, reason = getattr(scope.get("route"), "path", None), scope.get(REASON)
+                if reason is not None:
+                    self._instruments.refused(status or 500, reason)
+                elif status == 200 and path in self._timed:
+                    self._instruments.took("gateway", time.perf_counter() - began)
+                if span.is_recording():
+                    span.update_name(f"{scope['method']} {path or 'unmatched'}")
+                    told = {"http.route": path, "http.response.status_code": status}
+                    told |= {"grstream.version": version, "error.type": reason}
+                    span.set_attributes({key: value for key, value in told.items() if value is not None})
+                write_line(
+                    began,
+                    request_id=name,
+                    method=scope["method"],
+                    path=path,
+                    status=status,
+                    version=version,
+                    key=scope.get(KEY_NAME),
+                    reason=reason,
+                )
+
+    def _span(self, scope: Scope, name: str) -> contextlib.AbstractContextManager[Span]:
+        headers = {}
+        for key in ("traceparent", "tracestate"):
+            value = _header(scope, key.encode())
+            if value is not None:
+                headers[key] = value.decode("latin-1")
+        return self._instruments.tracer.start_as_current_span(
+            scope["method"],
+            parent(headers),
+            kind=SpanKind.SERVER,
+            attributes={"http.request.method": scope["method"], "grstream.request_id": name},
+        )
 
 
 def write_line(
@@ -102,10 +131,11 @@ def write_line(
     status: int | None,
     version: int | None,
     key: str | None,
+    reason: str | None,
 ) -> None:
     """A line of the access log. `path` is the route, as what came may name a user.
 
-    `began` is by `time.perf_counter`; a `status` of None: the client went away.
+    `began` is by `time.perf_counter`; a `status` of None: the client went away. `reason` is a refusal's type.
     """
     line = {
         "request_id": request_id,
@@ -115,8 +145,18 @@ def write_line(
         "ms": round((time.perf_counter() - began) * 1000, 2),
         "version": version,
         "key": key,
+        "reason": reason,
     }
-    access_log.info("%s", json.dumps(line))
+    access_log.info("%s %s %s", method, path, status, extra=line)
+
+
+def log_access() -> None:
+    """Have this process, a gateway's, write its access log to standard error: JSON whatever else is."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logs.JsonFormatter())
+    access_log.addHandler(handler)
+    access_log.setLevel(logging.INFO)
+    access_log.propagate = False
 
 
 class Admission:
@@ -173,7 +213,7 @@ class Access:
                 admitted = self._admission.admitted(presented, (scope.get("client") or (None,))[0])
                 scope[KEY_NAME] = stack.enter_context(admitted)
             except Refusal as refusal:
-                await response(refusal, scope.get(REQUEST_ID))(scope, receive, send)
+                await answer(refusal, scope)(scope, receive, send)
                 return
             await self._app(scope, receive, send)
 
@@ -191,9 +231,9 @@ class BoundedBody:
         try:
             body = await self._read(scope, receive)
         except Refusal as refusal:
-            answer = response(refusal, scope.get(REQUEST_ID))
-            answer.headers["Connection"] = "close"  # what is still to come of the body is not read
-            await answer(scope, receive, send)
+            refused = answer(refusal, scope)
+            refused.headers["Connection"] = "close"  # what is still to come of the body is not read
+            await refused(scope, receive, send)
             return
         if body is None:
             return

@@ -20,12 +20,14 @@ from typing import Any, Protocol
 import grpc
 import pydantic
 
+from grstream import logs
 from grstream.api import RankAnswer
 from grstream.config import Config
 from serve import errors, rank_pb2
 from serve.errors import Invalid, Refusal
 from serve.exposure_log import Listing
 from serve.gateway import Backend, Gateway
+from serve.instruments import Instruments
 from serve.middleware import Admission, Keyring, presented_key, sane_id, write_line
 from serve.schemas import RankRequest
 
@@ -78,8 +80,10 @@ class Ranking:
         backend: Backend,
         keys: Keyring,
         exposures: Callable[[Listing], None] | None = None,
+        instruments: Instruments | None = None,
     ) -> None:
-        self._gateway = Gateway(config, backend, exposures)
+        self._instruments = instruments or Instruments()
+        self._gateway = Gateway(config, backend, exposures, self._instruments)
         self._admission = Admission(keys, config.serve.max_in_flight_per_key)
 
     async def rank(self, asked: rank_pb2.RankRequest, context: CallContext) -> rank_pb2.RankAnswer:
@@ -88,12 +92,13 @@ class Ranking:
         given = dict(context.invocation_metadata() or ())
         name = sane_id(_bytes(given.get("x-request-id")).decode("latin-1")) or uuid.uuid4().hex
         presented = presented_key(_bytes(given.get("authorization")), _key(given.get("x-api-key")))
-        status, key, answer = 200, None, None
+        status, key, answer, reason = 200, None, None, None
         try:
-            with self._admission.admitted(presented, _host(context.peer())) as key:
+            with logs.request(name), self._admission.admitted(presented, _host(context.peer())) as key:
                 answer = await self._gateway.ranked(_request(asked))
         except Refusal as refusal:
-            status = refusal.status
+            status, reason = refusal.status, refusal.problem.type
+            self._instruments.refused(status, reason)
             context.set_code(CODES.get(status, grpc.StatusCode.INTERNAL))
             context.set_details(bytes(errors.response(refusal, name).body).decode())
         finally:
@@ -105,6 +110,7 @@ class Ranking:
                 status=status,
                 version=None if answer is None else answer.version,
                 key=key,
+                reason=reason,
             )
         return rank_pb2.RankAnswer() if answer is None else _message(answer)
 

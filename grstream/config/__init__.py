@@ -14,6 +14,7 @@ from grstream.config.events import EventsConfig, ExposuresConfig
 from grstream.config.histories import HistoriesConfig
 from grstream.config.kafka import KafkaConfig
 from grstream.config.loading import Unreadable, load, load_run, parse
+from grstream.config.logs import LogsConfig
 from grstream.config.model import ModelConfig
 from grstream.config.quality import QualityConfig
 from grstream.config.replay import (
@@ -48,6 +49,7 @@ __all__ = [
     "HistoriesConfig",
     "KafkaConfig",
     "KafkaSecurityConfig",
+    "LogsConfig",
     "ModelConfig",
     "Name",
     "OAuthConfig",

@@ -8,6 +8,7 @@ import pydantic
 from grstream.config.events import EventsConfig
 from grstream.config.histories import HistoriesConfig
 from grstream.config.kafka import KafkaConfig
+from grstream.config.logs import LogsConfig
 from grstream.config.model import ModelConfig
 from grstream.config.quality import QualityConfig
 from grstream.config.replay import ReplayConfig
@@ -38,6 +39,7 @@ class Config(Section):
     train: TrainConfig = pydantic.Field(TrainConfig(), description="the trainer")
     quality: QualityConfig = pydantic.Field(QualityConfig(), description="figures of quality")
     serve: ServeConfig = pydantic.Field(ServeConfig(), description="the server")
+    logs: LogsConfig = pydantic.Field(LogsConfig(), description="what processes write")
     replay: ReplayConfig = pydantic.Field(ReplayConfig(), description="data sets and the synthetic stream")
 
     @pydantic.model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,12 +11,14 @@ from grstream import lag as lags
 from grstream import monitor, telemetry
 from grstream.journal import Mark, ancestry, newest_run
 from grstream.lag import LogEnds, behind
+from grstream.ledger import Disposition
 from grstream.monitor import Monitor
 from grstream.quality_log import read
 from grstream.ranks import Ranks
-from grstream.telemetry import Exporter, Kind, Metric
+from grstream.telemetry import BY_PART, Kind, Metric, Part
 from grstream.trainer import Trainer
 from jobs.entries import Entries
+from tests.exported import Exported
 from tests.grstream.streams import make_config
 from tests.grstream.test_train import GREETING, QuietBoard, _Killed, batches, run
 
@@ -32,33 +34,6 @@ class _Ends:
 
     def close(self) -> None:
         pass
-
-
-class Exported(Exporter):
-    """Keeps what Ray would be given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[tuple[str, ...], float] = {}
-
-    def add(self, metric: Metric, count: float, **labels: object) -> None:
-        assert metric.kind is Kind.COUNTER
-        assert count >= 0
-        self._note(metric, labels, count, before=True)
-
-    def set(self, metric: Metric, value: float, **labels: object) -> None:
-        assert metric.kind is Kind.GAUGE
-        self._note(metric, labels, value)
-        self._shown.setdefault(metric, set()).add(tuple(str(labels[name]) for name in metric.labels))
-
-    def observe(self, metric: Metric, value: float, **labels: object) -> None:
-        assert metric.kind is Kind.HISTOGRAM
-        self._note(metric, labels, 1, before=True)
-
-    def _note(self, metric: Metric, labels: Mapping[str, object], value: float, before: bool = False) -> None:
-        assert tuple(labels) == metric.labels
-        key = (metric.name, *map(str, labels.values()))
-        self.values[key] = value + (self.values.get(key, 0) if before else 0)
 
 
 @pytest.fixture
@@ -77,12 +52,20 @@ def config(tmp_path: pathlib.Path) -> configs.Config:
 
 
 def test_metrics_have_names_of_their_own_and_descriptions() -> None:
+    every = {value for value in vars(telemetry).values() if isinstance(value, Metric)}
+    assert set(telemetry.METRICS) == every
     assert len({m.name for m in telemetry.METRICS}) == len(telemetry.METRICS) > 20
     for metric in telemetry.METRICS:
         assert metric.name.startswith("grstream_")
         assert metric.description.endswith(".")
         assert bool(metric.boundaries) == (metric.kind is Kind.HISTOGRAM)
         assert metric.exported.endswith("_total") == (metric.kind is Kind.COUNTER)
+        assert all(len(values) == len(metric.labels) for values in metric.known)
+        assert bool(metric.known) == (metric.kind is Kind.COUNTER and bool(metric.labels))
+
+
+def test_every_end_of_an_offset_is_counted_from_the_start() -> None:
+    assert {d for (d,) in telemetry.SETTLED.known} == {d.name.lower() for d in Disposition}
 
 
 def test_a_run_exports_what_it_did(config: configs.Config, exported: Exported) -> None:
@@ -108,11 +91,14 @@ def test_a_run_exports_what_it_did(config: configs.Config, exported: Exported) -
     assert (
         v["grstream_quality_hit_rate", "1h", "all", "10"] >= v["grstream_quality_hit_rate", "1h", "all", "1"]
     )
-    known = {m.name for m in telemetry.METRICS}
-    # All but what no such run has: evictions, readers and history shards.
-    elsewhere = ("grstream_reader_", "grstream_history_")
-    missing = {name for name in known - {name for name, *_ in v} if not name.startswith(elsewhere)}
-    assert missing <= {"grstream_vocabulary_evictions"}
+    assert v["grstream_train_input_wait_seconds",] > 0
+    assert v["grstream_train_executions",] == 1
+    assert v["grstream_weights_published",] == v["grstream_weights_version",] > 0
+    assert v["grstream_checkpoint_seconds",] == v["grstream_checkpoint_stall_seconds",] == 1
+    # What has not happened is there, as 0.
+    assert v["grstream_weights_publish_failures",] == v["grstream_train_offsets", "lost"] == 0
+    assert {name for name, *_ in v} == {m.name for m in BY_PART[Part.TRAINER]}
+    assert exported.refreshed > 0
 
 
 def test_a_resumed_run_counts_from_zero_not_from_the_beginning(

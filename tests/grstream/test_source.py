@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -32,6 +32,7 @@ from grstream.partition_reader import PartitionReader
 from grstream.reader import LogReader, LogTruncated, OffsetGap
 from grstream.snapshot_files import SnapshotFiles
 from grstream.until import Until, end_offsets
+from tests.exported import Exported
 from tests.grstream.test_segments import write as write_segments
 
 pytestmark = pytest.mark.kafka
@@ -444,14 +445,13 @@ def test_a_read_task_exports_what_its_histories_hold(
     send(config, events(90))
     shown: dict[str, dict[tuple[int], float]] = {}
 
-    class Shown:
-        def set_all(self, metric: telemetry.Metric, values: dict[tuple[int], float]) -> None:
-            shown[metric.name] = values
+    class Shown(Exported):
+        def set_all(self, metric: telemetry.Metric, values: Mapping[Any, float]) -> None:
+            shown[metric.name] = dict(values)
 
-    monkeypatch.setattr(source, "Exporter", Shown)
     monkeypatch.setattr(source, "collect_seldom", lambda: None)  # this process does more than to read
     monkeypatch.setattr(source, "EXPORT_S", 0)
-    blocks = list(source._read(config, 0, Ledger(), Until.parse("now", config)))
+    blocks = list(source._read(config, 0, Ledger(), Until.parse("now", config), Shown()))
     assert len(blocks) > 1
     assert set(shown) == {m.name for m in telemetry.METRICS if m.name.startswith("grstream_reader_")}
     assert set(shown["grstream_reader_events"]) == {(0,), (1,)}

@@ -19,6 +19,7 @@ from fastapi.testclient import TestClient
 
 from grstream import config as configuration
 from grstream.config import Config, ConfigError
+from grstream.logs import JsonFormatter
 from serve.app import Arguments, _require_loopback, build
 from serve.gateway import create_app
 from serve.middleware import Keyring
@@ -81,18 +82,24 @@ def test_a_line_of_log_tells_what_was_answered_and_names_no_user(
         client.post(RANK, json=BODY, headers=WEB | {"X-Request-Id": "one"})
         client.get("/v1/users/eve/history", headers=WEB)
         client.post(RANK, json=BODY)
-    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "serve.access"]
+    formatter = JsonFormatter()
+    lines = [json.loads(formatter.format(r)) for r in caplog.records if r.name == "serve.access"]
     assert lines[0].pop("ms") > 0
+    assert lines[0].pop("time").endswith("Z")
     assert lines[0] == {
+        "level": "INFO",
+        "logger": "serve.access",
+        "message": "POST /v1/rank 200",
         "request_id": "one",
         "method": "POST",
         "path": RANK,
         "status": 200,
         "version": 4,
         "key": "web",
+        "reason": None,
     }
     assert lines[1]["path"] == "/v1/users/{user_id:path}/history"
-    assert (lines[2]["status"], lines[2]["key"]) == (401, None)
+    assert (lines[2]["status"], lines[2]["key"], lines[2]["reason"]) == (401, None, "unauthorized")
     assert "eve" not in caplog.text
     assert "w" * 16 not in caplog.text
 
