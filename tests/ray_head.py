@@ -5,17 +5,20 @@ import os
 import pathlib
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import httpx
 
-from jobs.child import Child
+from jobs.child import Child, session_of
 from jobs.stack import OBJECT_STORE_BYTES, free_port
 
 ROOT = pathlib.Path(__file__).parent.parent
+BIN = pathlib.Path(sys.executable).parent
 START_S = 180.0
 
 
@@ -37,6 +40,7 @@ class RayHead(contextlib.AbstractContextManager["RayHead"]):
         self.environment = {
             **os.environ,
             **(environment or {}),
+            "PATH": f"{BIN}:{os.environ['PATH']}",  # a job's `python` is this one
             "PYTHONPATH": str(ROOT),
             "RAY_ADDRESS": f"127.0.0.1:{self.port}",
             "RAY_AUTH_MODE": "token",
@@ -93,6 +97,37 @@ class RayHead(contextlib.AbstractContextManager["RayHead"]):
         listed = [job for job in self.request("GET", "/api/jobs/").json() if job["submission_id"]]
         return sorted(listed, key=lambda job: job["start_time"] or 0)
 
+    def submit(self, name: str, entrypoint: str) -> None:
+        """A job, as `ray job submit` would."""
+        answer = self.request(
+            "POST", "/api/jobs/", json={"submission_id": name, "entrypoint": entrypoint, "runtime_env": {}}
+        )
+        assert answer.status_code == 200, answer.text
+
+    def stop(self, name: str, within_s: float = 60.0) -> str:
+        """Stop a job; what it wrote."""
+        self.request("POST", f"/api/jobs/{name}/stop")
+        deadline = time.monotonic() + within_s
+        while self.request("GET", f"/api/jobs/{name}").json()["status"] == "RUNNING":
+            assert time.monotonic() < deadline, self.logs(name)
+            time.sleep(0.2)
+        return self.logs(name)
+
+    def logs(self, name: str) -> str:
+        """What a job wrote."""
+        written: str = self.request("GET", f"/api/jobs/{name}/logs").json()["logs"]
+        return written
+
+    def deploy(self, document: Mapping[str, Any]) -> None:
+        """A Serve document, as `serve deploy` would."""
+        answer = self.request("PUT", "/api/serve/applications/", json=document)
+        assert answer.status_code == 200, answer.text
+
+    def applications(self) -> dict[str, Any]:
+        """What Serve tells of its applications, by name."""
+        found: dict[str, Any] = self.request("GET", "/api/serve/applications/").json()["applications"]
+        return found
+
     def _answers(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
             return self.request("GET", "/api/jobs/").status_code == 200
@@ -104,3 +139,33 @@ class RayHead(contextlib.AbstractContextManager["RayHead"]):
                 shutil.copytree(
                     logs, self._logs / "session", dirs_exist_ok=True, ignore_dangling_symlinks=True
                 )
+
+
+class RayNode(contextlib.AbstractContextManager["RayNode"]):
+    """Another node of a head's cluster, on the same machine."""
+
+    def __init__(self, head: RayHead, log: pathlib.Path, cpus: int) -> None:
+        command = [str(BIN / "ray"), "start", f"--address=127.0.0.1:{head.port}", "--block", *_own_ports()]
+        command += [f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+        command += ["--disable-usage-stats"]
+        self._child = Child("node", command, log, log.parent, head.environment)
+        self._child.wait_for(lambda: "Ray runtime started" in log.read_text(), START_S)
+
+    def __exit__(self, *_: object) -> None:
+        self._child.end(3.0)
+
+    def kill_raylet(self) -> None:
+        """As a node that is lost; what Ray started there ends with it."""
+        killed = 0
+        for pid in session_of(self._child._process.pid):
+            with contextlib.suppress(OSError):
+                if b"raylet/raylet" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+                    killed += 1
+        assert killed == 1
+
+
+def _own_ports() -> list[str]:
+    """Ray's own defaults may be another cluster's."""
+    ports = [f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "metrics-export-port")]
+    return [*ports, "--min-worker-port=0", "--max-worker-port=0"]

@@ -91,21 +91,15 @@ def eventually(check: Callable[[], Any], said: Callable[[], Any] = lambda: "") -
 def test_the_serve_document_deploys_and_asks_for_keys(running: Running) -> None:
     document = yaml.safe_load(running.as_here(one(render("base"), "RayService")["spec"]["serveConfigV2"]))
     document["http_options"]["port"] = running.config.serve.port
-    # As KubeRay does it.
-    answer = running.head.request("PUT", "/api/serve/applications/", json=document)
-    assert answer.status_code == 200, answer.text
+    running.head.deploy(document)
 
-    def state() -> dict[str, Any]:
-        found: dict[str, Any] = running.head.request("GET", "/api/serve/applications/").json()["applications"]
-        return found
+    def deployed() -> dict[str, Any] | None:
+        application: dict[str, Any] = running.head.applications().get("grstream", {})
+        assert application.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), application
+        return application if application.get("status") == "RUNNING" else None
 
-    def deployed() -> bool:
-        status = state().get("grstream", {}).get("status")
-        assert status not in ("DEPLOY_FAILED", "UNHEALTHY"), state()
-        return bool(status == "RUNNING")
-
-    eventually(deployed, state)
-    replicas = {name: len(d["replicas"]) for name, d in state()["grstream"]["deployments"].items()}
+    application = eventually(deployed, running.head.applications)
+    replicas = {name: len(d["replicas"]) for name, d in application["deployments"].items()}
     assert replicas == {"gateway": 2, "history-0": 1, "history-1": 1, "scorer": 2}
     assert running.client.get("/healthz").status_code == 200
     question = {"user_id": 1, "candidates": [1]}
@@ -127,26 +121,20 @@ def test_the_entrypoint_trains_and_what_it_publishes_ranks(running: Running) -> 
     )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
 
-    def logs() -> str:
-        return str(running.head.request("GET", "/api/jobs/train/logs").json())
-
     def answered() -> dict[str, Any] | None:
         [job] = running.head.jobs()
-        assert job["status"] in ("PENDING", "RUNNING"), logs()
+        assert job["status"] in ("PENDING", "RUNNING"), running.head.logs("train")
         answer = running.client.post("/v1/rank", json={"user_id": 1, "candidates": [1, 2, 3]})
         return answer.json() if answer.status_code == 200 else None
 
-    ranked = eventually(answered, logs)
+    ranked = eventually(answered, lambda: running.head.logs("train"))
     assert len(ranked["results"]) == 3
     assert ranked["version"] in WeightStore(running.config.storage / "weights").numbers()
 
 
 def test_the_trainer_stops_with_a_checkpoint_in_the_time_that_the_pods_give_it(running: Running) -> None:
-    def logs() -> str:
-        return str(running.head.request("GET", "/api/jobs/train/logs").json()["logs"])
-
-    eventually(lambda: f" {EVENTS:,} events " in logs(), logs)
-    assert running.head.request("POST", "/api/jobs/train/stop").json()["stopped"]
-    eventually(lambda: running.head.jobs()[0]["status"] == "STOPPED")
-    assert f"stopped: {EVENTS:,} trained" in logs()
+    head = running.head
+    eventually(lambda: f" {EVENTS:,} events " in head.logs("train"), lambda: head.logs("train"))
+    assert f"stopped: {EVENTS:,} trained" in head.stop("train")
+    assert head.jobs()[0]["status"] == "STOPPED"
     assert CheckpointStore(running.config.storage / "checkpoints").numbers()
