@@ -35,7 +35,7 @@ class Alert:
 
 
 def _in(window: str) -> Queries:
-    return Queries("", window)
+    return Queries("", window, within="namespace")  # a system lives in one; its clusters may be several
 
 
 _now, _5m, _10m, _15m, _30m, _1h = (_in(window) for window in ("5m", "5m", "10m", "15m", "30m", "1h"))
@@ -92,7 +92,7 @@ ALERTS = (
     Alert(
         "GrstreamOffsetsLost",
         "critical",
-        f"{_1h.increase(t.SETTLED, _LOST)} + {_1h.increase(t.HISTORY_LOST)} > 0",
+        f"{_1h.increase(t.SETTLED, _LOST)} > 0 or {_1h.increase(t.HISTORY_LOST)} > 0",
         "0m",
         "{{ $value }} offsets were gone from the log before they were read.",
         "offsets-were-lost",
