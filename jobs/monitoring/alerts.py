@@ -42,7 +42,8 @@ _now, _5m, _10m, _15m, _30m, _1h = (_in(window) for window in ("5m", "5m", "10m"
 _MISS = 'reuse="miss"'
 _DEAD, _LOST = 'disposition="dead_letter"', 'disposition="lost"'
 _ALL = 'slice="all"'
-_UNAVAILABLE, _BROKEN = 'status="503"', 'status_code="500"'
+_UNAVAILABLE, _BROKEN = 'status_code="503"', 'status_code="500"'
+_ASKED = 'route!~"/readyz|/healthz"'
 _SHARDS = 'deployment=~"history-.*"'
 
 ALERTS = (
@@ -202,7 +203,8 @@ ALERTS = (
     Alert(
         "GrstreamRefuses",
         "critical",
-        f"{_5m.rate(t.REFUSALS, _UNAVAILABLE)} / {_5m.rate(ray.HTTP_REQUESTS)} > {REFUSED}",
+        f"{_5m.rate(ray.HTTP_REQUESTS, _UNAVAILABLE, _ASKED)} / {_5m.rate(ray.HTTP_REQUESTS, _ASKED)} "
+        f"> {REFUSED}",
         "5m",
         "{{ $value | humanizePercentage }} of requests are answered with a 503.",
         "requests-are-refused",
