@@ -92,7 +92,7 @@ RETRIEVAL_LOSS = Metric("grstream_train_retrieval_loss", Kind.GAUGE, "Of the las
 LAG = Metric(
     "grstream_train_lag_offsets",
     Kind.GAUGE,
-    "Offsets from the first that is not settled to the log's end; NaN while the broker does not answer.",
+    "Offsets from the first that is not settled to the log's end; none while the broker does not answer.",
     ("partition",),
 )
 FRESHNESS = Metric(

@@ -114,12 +114,8 @@ class RequestLog:
             value = _header(scope, key.encode())
             if value is not None:
                 headers[key] = value.decode("latin-1")
-        return self._instruments.tracer.start_as_current_span(
-            scope["method"],
-            parent(headers),
-            kind=SpanKind.SERVER,
-            attributes={"http.request.method": scope["method"], "grstream.request_id": name},
-        )
+        attributes = {"http.request.method": scope["method"], "grstream.request_id": name}
+        return self._instruments.span(scope["method"], parent(headers), SpanKind.SERVER, attributes)
 
 
 def write_line(

@@ -35,14 +35,15 @@ class Alert:
 
 
 def _in(window: str) -> Queries:
-    return Queries("", window)
+    return Queries("", window, within="namespace")  # a system lives in one; its clusters may be several
 
 
 _now, _5m, _10m, _15m, _30m, _1h = (_in(window) for window in ("5m", "5m", "10m", "15m", "30m", "1h"))
 _MISS = 'reuse="miss"'
 _DEAD, _LOST = 'disposition="dead_letter"', 'disposition="lost"'
 _ALL = 'slice="all"'
-_UNAVAILABLE, _BROKEN = 'status="503"', 'status_code="500"'
+_UNAVAILABLE, _BROKEN = 'status_code="503"', 'status_code="500"'
+_ASKED = 'route!~"/readyz|/healthz"'
 _SHARDS = 'deployment=~"history-.*"'
 
 ALERTS = (
@@ -92,7 +93,7 @@ ALERTS = (
     Alert(
         "GrstreamOffsetsLost",
         "critical",
-        f"{_1h.increase(t.SETTLED, _LOST)} + {_1h.increase(t.HISTORY_LOST)} > 0",
+        f"{_1h.increase(t.SETTLED, _LOST)} > 0 or {_1h.increase(t.HISTORY_LOST)} > 0",
         "0m",
         "{{ $value }} offsets were gone from the log before they were read.",
         "offsets-were-lost",
@@ -202,7 +203,8 @@ ALERTS = (
     Alert(
         "GrstreamRefuses",
         "critical",
-        f"{_5m.rate(t.REFUSALS, _UNAVAILABLE)} / {_5m.rate(ray.HTTP_REQUESTS)} > {REFUSED}",
+        f"{_5m.rate(ray.HTTP_REQUESTS, _UNAVAILABLE, _ASKED)} / {_5m.rate(ray.HTTP_REQUESTS, _ASKED)} "
+        f"> {REFUSED}",
         "5m",
         "{{ $value | humanizePercentage }} of requests are answered with a 503.",
         "requests-are-refused",

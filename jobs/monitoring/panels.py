@@ -161,7 +161,6 @@ def _cluster() -> dict[str, Any]:
         "label": "Ray cluster",
         "type": "query",
         "datasource": DATASOURCE,
-        "definition": query,
         "query": {"query": query, "refId": "cluster"},
         "current": {"text": "All", "value": "$__all"},
         "hide": 0,

@@ -23,10 +23,10 @@ SCORES = r'route=~"/v1/(batch/)?(rank|retrieve|recommend)"'
 
 
 class Queries:
-    """Expressions over the series that a matcher selects; '' for all."""
+    """Expressions over the series that a matcher selects, '' for all, kept apart by the label `within`."""
 
-    def __init__(self, matcher: str, window: str) -> None:
-        self._matcher, self.window = matcher, window
+    def __init__(self, matcher: str, window: str, within: str = "") -> None:
+        self._matcher, self.window, self._within = matcher, window, within
 
     def of(self, metric: Metric | str, *matchers: str, suffix: str = "") -> str:
         """The series of a metric, with more matchers such as `slice="all"`."""
@@ -37,26 +37,26 @@ class Queries:
     def rate(self, metric: Metric | str, *matchers: str, by: str = "", suffix: str = "") -> str:
         """Of a counter a second, summed over processes."""
         assert isinstance(metric, str) or suffix or metric.kind is Kind.COUNTER, metric
-        return f"sum{_by(by)} (rate({self.of(metric, *matchers, suffix=suffix)}[{self.window}]))"
+        return f"sum{self._by(by)} (rate({self.of(metric, *matchers, suffix=suffix)}[{self.window}]))"
 
     def increase(self, metric: Metric | str, *matchers: str, by: str = "") -> str:
-        return f"sum{_by(by)} (increase({self.of(metric, *matchers)}[{self.window}]))"
+        return f"sum{self._by(by)} (increase({self.of(metric, *matchers)}[{self.window}]))"
 
     def largest(self, metric: Metric | str, *matchers: str, by: str = "") -> str:
         """Of a gauge, over processes."""
-        return f"max{_by(by)} ({self.of(metric, *matchers)})"
+        return f"max{self._by(by)} ({self.of(metric, *matchers)})"
 
     def least(self, metric: Metric | str, *matchers: str, by: str = "") -> str:
-        return f"min{_by(by)} ({self.of(metric, *matchers)})"
+        return f"min{self._by(by)} ({self.of(metric, *matchers)})"
 
     def total(self, metric: Metric | str, *matchers: str, by: str = "") -> str:
-        return f"sum{_by(by)} ({self.of(metric, *matchers)})"
+        return f"sum{self._by(by)} ({self.of(metric, *matchers)})"
 
     def quantile(self, q: float, metric: Metric | str, *matchers: str, by: str = "") -> str:
         """Of a histogram, over processes."""
         within = ", ".join(["le", *([by] if by else [])])
         return f"histogram_quantile({q:g}, {self.rate(metric, *matchers, by=within, suffix='_bucket')})"
 
-
-def _by(labels: str) -> str:
-    return f" by ({labels})" if labels else ""
+    def _by(self, labels: str) -> str:
+        every = ", ".join(label for label in (labels, self._within) if label)
+        return f" by ({every})" if every else ""

@@ -482,6 +482,9 @@ def test_a_long_history_is_encoded_in_parts_between_which_others_are_answered() 
     assert steps >= len(HistoryTokens.of(long, 2, False)) // 32
     expected = from_scratch(VERSIONS[1], long, ITEMS[:2], np.full((2, 3), ABSENT, np.int64), NOW)
     np.testing.assert_allclose(slow.result().probabilities, expected, **TOLERANCE)
+    told = slow.result().encoded
+    assert told.took_ms == pytest.approx(told.waited_ms + told.encode_ms + told.score_ms)
+    assert told.encode_ms > told.score_ms > 0, "it took many steps to encode, and one to score"
 
 
 def test_a_request_whose_time_is_over_costs_no_work_and_one_cancelled_neither() -> None:

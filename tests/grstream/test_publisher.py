@@ -180,6 +180,7 @@ def test_a_failed_publish_loses_no_touched_key(tmp_path: pathlib.Path) -> None:
         run.publisher._writing[1].exception()
     run.learn([4], seed=3)
     number = run.publish()
+    assert run.publisher.failures == 3
     manifest = run.store.manifest(number)
     assert (manifest.previous, manifest.whole) == (1, False)
     delta = run.store._delta(manifest, OF_DELTA)
@@ -343,6 +344,7 @@ def test_a_damaged_delta_is_passed_over_until_a_base_makes_up_for_it(tmp_path: p
     reader = WeightStore(tmp_path / "weights")
     assert reader.instead_of(0).number == 2, "4 builds on 3"
     assert reader.instead_of(2) is None
+    assert reader.corrupt == 2
     run.learn([2], seed=9)
     run.publish()
     found = reader.instead_of(2)

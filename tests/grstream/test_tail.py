@@ -327,3 +327,23 @@ def test_what_was_posted_is_waited_for_and_too_far_an_offset_is_not_for_ever(kaf
             tail.history(user, 1, 0)
         eventually(lambda: tail.status().lags == {0: 0})
         assert 0 <= tail.status().ages_ms[0] < 60_000
+
+
+def test_a_read_tells_how_old_its_oldest_record_was_but_not_before_it_has_caught_up(
+    kafka_bootstrap: str,
+) -> None:
+    told: list[float] = []
+    config = config_for(kafka_bootstrap)
+    create_topic(config.kafka, 1)
+    post(config, [event("u", 1, 1)])
+    time.sleep(1)
+    tail = HistoryTail(config, visible=told.append)
+    tail.start()
+    try:
+        eventually(lambda: tail.status().caught_up)
+        assert told == [], "what was there before was sent before"
+        post(config, [event("u", 2, 2)])
+        eventually(lambda: len(told) == 1)
+        assert 0 <= told[0] < PATIENCE_S
+    finally:
+        tail.stop()

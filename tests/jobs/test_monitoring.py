@@ -18,7 +18,7 @@ import yaml
 from grstream import telemetry
 from grstream.telemetry import Kind
 from jobs.monitoring.__main__ import PAGE, ROOT, files
-from jobs.monitoring.alerts import rule
+from jobs.monitoring.alerts import ALERTS, Alert, rule
 from jobs.monitoring.dashboards import DASHBOARDS
 from jobs.monitoring.panels import Dashboard, Panel
 from jobs.monitoring.queries import OF_RAY
@@ -67,7 +67,7 @@ def test_what_is_no_promql_or_no_metric_is_found() -> None:
     }
 
 
-LABELS = {m.exported: {*m.labels, "WorkerId", "le"} for m in telemetry.METRICS}
+LABELS = {m.exported: {*m.labels, "WorkerId", "le", "namespace"} for m in telemetry.METRICS}
 
 
 @pytest.mark.parametrize("of", QUERIES)
@@ -86,6 +86,17 @@ def test_a_query_groups_by_and_matches_labels_that_its_metrics_have(of: str) -> 
         return True
 
     promql_parser.walk(expr, look)
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda a: a.name)
+def test_an_alert_keeps_systems_in_different_namespaces_apart(alert: Alert) -> None:
+    def look(node: Any) -> bool:
+        if isinstance(node, promql_parser.AggregateExpr):
+            assert node.modifier is not None
+            assert "namespace" in node.modifier.labels
+        return True
+
+    promql_parser.walk(promql_parser.parse(alert.expr), look)
 
 
 def test_matched_values_of_labels_are_known_ones() -> None:

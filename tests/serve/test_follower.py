@@ -86,6 +86,7 @@ def test_an_unusable_version_is_rejected_loudly_and_the_next_older_one_served(
     with caplog.at_level(logging.ERROR):
         assert follower.poll()
     assert "version 3 is not finite; it is not served" in caplog.text
+    assert (follower.refused, follower.errors) == (1, 0)
     assert not follower.poll()
     assert serving(engine) == 2
     assert not follower.poll()
@@ -99,6 +100,7 @@ def test_storage_that_is_away_for_a_while_is_followed_again_when_it_is_back() ->
     time.sleep(0.05)
     assert follower.is_alive()
     assert serving(engine) is None
+    assert follower.errors > 0
     source.away = False
     deadline = time.monotonic() + 10
     while serving(engine) != 1:

@@ -196,15 +196,15 @@ def test_a_span_that_is_named_by_a_path_is_exported_by_its_route() -> None:
 
 
 def test_traces_that_are_off_cost_microseconds() -> None:
-    """Three spans and a check, as a request has them, against what a request takes: milliseconds."""
+    """Three spans, as a request has them, against what a request takes: milliseconds."""
     instruments = Instruments(Exported())
     best = float("inf")
     for _ in range(5):
         began = time.perf_counter()
         for _ in range(200):
             for name in ("request", "histories", "scorer"):
-                with instruments.tracer.start_as_current_span(name) as span:
+                with instruments.span(name) as span:
                     assert not span.is_recording()
         best = min(best, (time.perf_counter() - began) / 200)
-    print(f"three spans that record nothing: {1e6 * best:.1f} us")
-    assert best < 200e-6
+    print(f"three spans that are not made: {1e6 * best:.1f} us")
+    assert best < 50e-6

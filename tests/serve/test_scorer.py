@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grstream.config import Config, parse
+from grstream.config import Config, ModelConfig, parse
 from grstream.histories import History
 from grstream.kafka import create_topic, producer
 from grstream.schema import Schema
 from grstream.scores import EngineNotReady, Rank
+from grstream.telemetry import BY_PART, Part
+from grstream.weights import Manifest, Recipe
 from serve.errors import OtherSchema, QueueFull
-from serve.scorer import Scorer
+from serve.scorer import Scorer, export_served
 from serve.shard import HistoryShard
+from tests.exported import Exported
 
 NOTHING = np.empty(0, np.int64)
 SCHEMA = Schema(("click",), ())
@@ -81,6 +84,55 @@ def test_a_scorer_holds_so_many_requests_and_refuses_the_next_at_once(tmp_path: 
         scorer._follower.stop()
 
     asyncio.run(scenario())
+
+
+def test_a_scorer_exports_its_counts_and_a_shard_where_it_stands_whenever_serve_asks(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = {Part.SCORER: Exported(), Part.SHARD: Exported()}
+    monkeypatch.setattr("serve.scorer.Exporter", lambda: out[Part.SCORER])
+    monkeypatch.setattr("serve.shard.Exporter", lambda: out[Part.SHARD])
+
+    async def scenario() -> None:
+        scorer, shard = Scorer(config(tmp_path, queue=3)), HistoryShard(config(tmp_path, queue=3), 0)
+        count = scorer._engine.steps.count
+        count.update(steps=3, requests=4, candidates=90, encoded_tokens=50, found_tokens=20, hits=2, misses=2)
+        await scorer.check_health()
+        count.update(steps=1, hits=1)
+        scorer._follower.refused, scorer._store.corrupt = 1, 2
+        await scorer.check_health()
+        await shard.check_health()
+        scorer._follower.stop()
+        scorer._engine.close()
+        shard._tail.stop()
+
+    asyncio.run(scenario())
+    told = out[Part.SCORER].values
+    assert told["grstream_engine_steps",] == 4
+    assert [told["grstream_engine_requests", reuse] for reuse in ("hit", "extend", "miss")] == [3, 0, 2]
+    assert told["grstream_engine_candidates",] == 90
+    assert [told["grstream_engine_tokens", source] for source in ("encoded", "cached")] == [50, 20]
+    assert [told["grstream_weights_refused", why] for why in ("corrupt", "unusable")] == [2, 1]
+    assert told["grstream_served_version",] == told["grstream_engine_waiting_requests",] == 0
+    absent = {"grstream_served_version_age_seconds", "grstream_served_event_age_seconds"}  # no version yet
+    absent |= {"grstream_items_lag_offsets"}  # nor a topic of items
+    assert {name for name, *_ in told} == {m.name for m in BY_PART[Part.SCORER]} - absent
+    told = out[Part.SHARD].values
+    assert told["grstream_history_connected", "0"] == told["grstream_history_caught_up", "0"] == 0
+    assert told["grstream_history_lost_offsets",] == told["grstream_history_rejected_records",] == 0
+
+
+def test_the_version_served_is_told_with_its_age_and_that_of_what_it_learned() -> None:
+    out, now_ms = Exported(), time.time_ns() // 1_000_000
+    recipe = Recipe(model=ModelConfig(), actions=["click"], features=[], vocabulary_seed=0)
+    manifest = Manifest(
+        number=7, step=1, created_ms=now_ms - 5_000, positions={}, newest_event_ms=now_ms - 60_000,
+        recipe=recipe, files={},
+    )  # fmt: skip
+    export_served(out, manifest)
+    assert out.values["grstream_served_version",] == 7
+    assert out.values["grstream_served_version_age_seconds",] == pytest.approx(5, abs=3)
+    assert out.values["grstream_served_event_age_seconds",] == pytest.approx(60, abs=3)
 
 
 def test_a_scorer_without_weights_says_so_and_one_whose_follower_died_is_unhealthy(
