@@ -15,8 +15,8 @@ import kafka.admin
 import kafka.errors
 import kafka.partitioner
 
-from grstream import connections
 from grstream.config import KafkaConfig
+from grstream.connections import opening
 from grstream.events import Rejected
 from grstream.keys import Id, partition_key
 from grstream.refusals import REFUSALS, refusal
@@ -84,9 +84,10 @@ def consumer(config: KafkaConfig, max_poll_records: int = 2000) -> kafka.KafkaCo
     A position outside the log raises OffsetOutOfRangeError from `poll`: a gap is never skipped in silence.
     Records of aborted transactions are not seen.
     """
-    with reaching(config):
+    with reaching(config), opening(config.security) as secured:
         return kafka.KafkaConsumer(
             **_connection(config),
+            **secured,
             group_id=None,
             enable_auto_commit=False,
             auto_offset_reset="none",
@@ -104,9 +105,10 @@ def producer(config: KafkaConfig) -> kafka.KafkaProducer:
     Its default partitioner is murmur2 of the key, as `partition_of` computes it. Wait for its futures with a
     time-out of your own and close it with `close_producer`.
     """
-    with reaching(config):
+    with reaching(config), opening(config.security) as secured:
         return kafka.KafkaProducer(
             **_connection(config),
+            **secured,
             enable_idempotence=True,
             acks="all",
             compression_type="lz4",
@@ -243,7 +245,8 @@ class DeadLetters:
 @contextlib.contextmanager
 def _admin(config: KafkaConfig) -> Iterator[kafka.admin.KafkaAdminClient]:
     with reaching(config):
-        admin = kafka.admin.KafkaAdminClient(**_connection(config))
+        with opening(config.security) as secured:
+            admin = kafka.admin.KafkaAdminClient(**_connection(config), **secured)
         try:
             yield admin
         finally:
@@ -257,5 +260,4 @@ def _connection(config: KafkaConfig) -> dict[str, Any]:
         "bootstrap_timeout_ms": config.request_timeout_ms,
         # The default backs off to 30 s, which a broker's restart would cost a reader.
         "reconnect_backoff_max_ms": 1000,
-        **connections.options(config.security),
     }

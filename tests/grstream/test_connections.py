@@ -1,13 +1,19 @@
 """What clients are given to prove themselves by, and what of it is logged."""
 
+import gc
 import logging
+import os
 import pathlib
+import socket
+import threading
+from collections.abc import Callable
 
 import pytest
 from kafka.protocol.sasl import SaslAuthenticateRequest
 
-from grstream.config import KAFKA_PASSWORD_VARIABLE, KafkaSecurityConfig
-from grstream.connections import Credentials, options
+from grstream.config import KAFKA_PASSWORD_VARIABLE, KafkaConfig, KafkaSecurityConfig
+from grstream.connections import Credentials, opening
+from grstream.kafka import BrokerUnavailable, consumer, partition_count, producer
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +37,36 @@ def sasl(mechanism: str, username: str, password_file: pathlib.Path) -> KafkaSec
     )
 
 
-def test_a_plaintext_client_is_given_nothing() -> None:
-    assert options(KafkaSecurityConfig()) == {}
+def test_a_plaintext_client_is_told_nothing_of_security() -> None:
+    with opening(KafkaSecurityConfig()) as given:
+        assert given.keys() == {"kafka_client"}
+
+
+@pytest.mark.parametrize("client", [consumer, producer, partition_count])
+@pytest.mark.parametrize("secured", [False, True])
+def test_a_client_that_finds_no_broker_leaves_nothing_behind(
+    client: Callable, secured: bool, password_file: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, "kafka")  # what is captured holds errors, and these their sockets
+    security = sasl("PLAIN", "ann", password_file) if secured else KafkaSecurityConfig()
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        config = KafkaConfig(bootstrap_servers=[address], request_timeout_ms=200, security=security)
+        counts = []
+        for _ in range(3):
+            with pytest.raises(BrokerUnavailable):
+                client(config)
+            gc.collect()  # what the exception's frames held
+            counts.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))
+        assert counts == counts[:1] * 3
 
 
 def test_options_hold_no_secret(password_file: pathlib.Path) -> None:
-    given = options(sasl("PLAIN", "ann", password_file))
+    with opening(sasl("PLAIN", "ann", password_file)) as given:
+        assert "hunter2" not in repr(given)
     assert given["security_protocol"] == "SASL_PLAINTEXT"
     assert given["sasl_mechanism"] == "PLAIN"
-    assert "hunter2" not in repr(given)
 
 
 def test_credentials_are_those_of_now(password_file: pathlib.Path) -> None:
@@ -62,7 +89,8 @@ def test_scram_has_its_own_spelling_of_commas_and_equals_signs(
 def test_frames_and_credentials_are_not_logged_and_the_rest_is(
     password_file: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options(sasl("PLAIN", "ann", password_file))
+    with opening(sasl("PLAIN", "ann", password_file)):
+        pass
     caplog.set_level(logging.DEBUG)
     connection, parser = logging.getLogger("kafka.net.connection"), logging.getLogger("kafka.protocol.parser")
     connection.debug("%s Request %d: %s", "it", 1, SaslAuthenticateRequest(b"hunter2"))
