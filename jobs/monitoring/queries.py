@@ -2,9 +2,6 @@
 
 from grstream.telemetry import Kind, Metric
 
-CLUSTER = 'ray_io_cluster=~"$cluster"'  # KubeRay's label of the pods; where there is none, it matches all
-WINDOW = "$__rate_interval"
-
 # Ray's and Serve's own, as Ray 2.60 exports them; each is looked for in a running cluster by a test.
 HTTP_REQUESTS = "ray_serve_num_http_requests_total"
 HTTP_LATENCY_MS = "ray_serve_http_request_latency_ms"

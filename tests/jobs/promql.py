@@ -6,8 +6,8 @@ from typing import Any
 import promql_parser
 
 from jobs.monitoring.alerts import ALERTS
+from jobs.monitoring.common import WINDOW
 from jobs.monitoring.dashboards import DASHBOARDS
-from jobs.monitoring.queries import WINDOW
 
 
 def _queries() -> Iterator[tuple[str, str]]:
