@@ -79,7 +79,8 @@ def any_broker_process(request: pytest.FixtureRequest, broker_process: BrokerPro
     ) -> contextlib.AbstractContextManager[tuple[subprocess.Popen[str], str]]:
         command = [str(start), "--dir", str(directory), "--port", str(port or _two_free_ports())]
         # Tests give records times of years ago, which the broker would delete at its next look, 5 minutes on.
-        return _running([*command, "--set", "log.retention.ms=-1"])
+        # It draws an id for its cluster, and cannot take one that begins like an option: one in 64.
+        return _running([*command, "--set", "log.retention.ms=-1"], attempts=3)
 
     return apache
 
@@ -98,17 +99,21 @@ def kafka_bootstrap(
 
 
 @contextlib.contextmanager
-def _running(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def _running(command: Sequence[str], attempts: int = 1) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A broker as a child process, from its `ready` line on, and its address."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             line = process.stdout.readline()
             ready = re.match(r"ready (?:PLAINTEXT=)?(\S+)", line)
-            assert ready, f"{command} did not start; it said {line!r}"
-            yield process, ready[1]
+            if ready:
+                yield process, ready[1]
+                return
         finally:
             process.terminate()
+    assert attempts > 1, f"{command} did not start; it said {line!r}"
+    with _running(command, attempts - 1) as running:
+        yield running
 
 
 def _two_free_ports() -> int:
