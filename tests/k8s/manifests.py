@@ -87,3 +87,15 @@ def settings(objects: list[Object]) -> Object:
     [held] = [o for o in of_kind(objects, "ConfigMap") if "grstream.yaml" in o["data"]]
     loaded: Object = yaml.safe_load(held["data"]["grstream.yaml"])
     return loaded
+
+
+def ray_pods(objects: list[Object]) -> list[Pod]:
+    return [pod for pod in pods(objects) if "ray.io/node-type" in pod.labels]
+
+
+def walk(o: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value below, with its path."""
+    yield path, o
+    inner = o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, list) else ()
+    for key, value in inner:
+        yield from walk(value, f"{path}.{key}")
