@@ -219,6 +219,7 @@ def test_a_request_is_one_trace_from_the_clients_span_to_the_engines_stages(syst
     (score,) = (span for span in spans.values() if span.name == "engine.score")
     path = above(score)
     assert path.index("scorer") < path.index("POST /v1/rank")
+    assert path[-1].startswith("proxy_http_request"), "Serve's spans are between the client's and ours"
     outermost = spans[score.span_id]
     while outermost.parent_span_id in spans:
         outermost = spans[outermost.parent_span_id]
