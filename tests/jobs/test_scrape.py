@@ -242,6 +242,8 @@ def test_what_the_processes_log_is_json_and_names_no_user(system: System) -> Non
     assert access["version"] > 0
     refused = [line for _, line in lines if line.get("reason") == "invalid_request"]
     assert [(line["status"], line["path"]) for line in refused] == [(422, "/v1/rank")]
+    trainers = (system.stack.home / "logs" / "trainer.log").read_text().splitlines()
+    assert all(line.startswith("{") or "(raylet)" in line for line in trainers)
     progress = [line for _, line in lines if line.get("message") == "progress"]
     assert progress[-1]["positions"]
     assert progress[-1]["step"] > 0
