@@ -47,7 +47,8 @@ LIMIT_MS = 50.0
 SWAP_S = 5.0
 TOUCHED_SHARE = 0.01
 STEP = 1.25  # between rates that are tried
-LEAST_RATE = 20.0
+LEAST_RATE = 10.0
+WARM_UP = 20.0, 30.0  # requests/s, and for how many seconds: histories into the cache, processes out of bed
 IN_FLIGHT = 1000  # requests at once, beyond which the machine is hopelessly behind
 _REUSE = re.compile(rb'"reuse":"(\w+)"')
 _ENGINE = re.compile(rb'"engine_ms":([\d.]+)')
@@ -201,7 +202,7 @@ def share(hits: list[bool]) -> float:
 
 def measured(load: Load, trainer: Trainer, quick: bool) -> dict[str, Any]:
     seconds = 10.0 if quick else 30.0
-    load.run(LEAST_RATE, 10)  # histories into the cache
+    load.run(*WARM_UP)
     with trainer.every(SWAP_S):
         rate, tried = most(load, seconds)
     result: dict[str, Any] = {"req_per_s": round(rate, 1), "tried": tried}

@@ -59,6 +59,46 @@ def weights(options: argparse.Namespace) -> int:
     return 0
 
 
+def config_docs(options: argparse.Namespace) -> int:
+    """Print the reference of all fields."""
+    from grstream.config import documents
+
+    print(documents.markdown(), end="")
+    return 0
+
+
+def config_schema(options: argparse.Namespace) -> int:
+    """Print the JSON Schema."""
+    from grstream.config import documents
+
+    print(documents.schema())
+    return 0
+
+
+def config_check(options: argparse.Namespace) -> int:
+    """A line for each file that is right; for others each fault. 1 where one is wrong, 2 where unreadable."""
+    from grstream.config import Unreadable
+    from grstream.config.checking import check
+
+    status = 0
+    for path in options.files:
+        try:
+            checked = check(path)
+        except Unreadable as error:
+            print(f"grstream config: {error}", file=sys.stderr)
+            status = 2
+            continue
+        for fault in checked.wrong:
+            print(f"{path}: {fault}", file=sys.stderr)
+        for fault in checked.unwise:
+            print(f"{path}: warning: {fault}", file=sys.stderr)
+        if checked.wrong:
+            status = max(status, 1)
+        else:
+            print(f"{path}: {checked.kind}, valid")
+    return status
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grstream", description="A generative recommender on a live stream."
@@ -99,6 +139,20 @@ def _parser() -> argparse.ArgumentParser:
     for action in (listing, pin, unpin, back, ab):
         action.add_argument("--config", required=True, help="the YAML that trainer and scorers have")
     command.set_defaults(run=weights)
+
+    command = commands.add_parser("config", help="check a configuration; list all fields")
+    actions = command.add_subparsers(required=True, metavar="ACTION")
+    checking = actions.add_parser(
+        "check",
+        help="what is wrong with a file, and what is unwise",
+        description="Exit status 0: all are valid; 1: one is not; 2: one cannot be read, or is not YAML.",
+    )
+    checking.add_argument("files", nargs="+", metavar="FILE")
+    checking.set_defaults(run=config_check)
+    docs = actions.add_parser("docs", help="every field with type, default and meaning, as Markdown")
+    docs.set_defaults(run=config_docs)
+    schema = actions.add_parser("schema", help="the same as a JSON Schema, for editors")
+    schema.set_defaults(run=config_schema)
     return parser
 
 

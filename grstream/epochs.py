@@ -14,15 +14,13 @@ import os
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pydantic
 import torch
-import yaml
 from torch import Tensor, nn
 
-from grstream.config import ConfigError, ModelConfig, Section
+from grstream.config import ConfigError, EpochsConfig, ModelConfig, RunConfig
 from grstream.leave_one_out import (
     Batch,
     Sequences,
@@ -41,61 +39,6 @@ from kernels import jagged
 VALIDATION, TEST = 2, 1  # items from the end
 CRITERION = "NDCG@10"  # of the validation items: what early stopping goes by
 EVALUATION_TOKENS = 16_384  # events encoded at once when nothing is kept for a backward pass
-
-
-class EpochsConfig(Section):
-    """How a model is trained on data that are all there."""
-
-    epochs: int = pydantic.Field(100, ge=1, description="over which the learning rate falls to its floor")
-    patience: int = pydantic.Field(20, ge=1, description="epochs without a better validation before the end")
-    evaluate_every: int = pydantic.Field(1, ge=1, description="epochs")
-    window: int = pydantic.Field(200, ge=1, description="newest events that a model sees")
-    tiled: bool = pydantic.Field(
-        True, description="learn from all events, in windows that begin anywhere; or from the newest window"
-    )
-    batch_tokens: int = pydantic.Field(4096, ge=1, description="events a step, all of them targets")
-    learning_rate: float = pydantic.Field(1e-3, gt=0, description="AdamW, at its highest")
-    learning_rate_floor: float = pydantic.Field(0.1, ge=0, le=1, description="share of it at the last epoch")
-    warmup: float = pydantic.Field(1.0, ge=0, description="epochs over which the learning rate rises")
-    bias_learning_rate: float = pydantic.Field(1e-2, gt=0, description="AdamW, tables of relative biases")
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = pydantic.Field(0.0, ge=0, description="of matrices, the items' vectors among them")
-    clip: float = pydantic.Field(1.0, gt=0, description="greatest norm of all gradients together")
-    averaging: float = pydantic.Field(
-        0.999,
-        ge=0,
-        lt=1,
-        description="decay a step of the average of the weights, which is what is evaluated",
-    )
-    request: bool = pydantic.Field(
-        False,
-        description="ask at the time of the next event, by a token that nobody sees, and read what comes "
-        "next off it and the newest event together; for data with times",
-    )
-    temperature: float = pydantic.Field(0.05, gt=0)
-    loss: Literal["full", "sampled"] = "full"
-    negatives: int = pydantic.Field(512, ge=1, description="uniform ones, beside those in the batch; sampled")
-    softmax_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-
-
-class RunConfig(Section):
-    """A model and how it is trained."""
-
-    model: ModelConfig
-    epochs: EpochsConfig = EpochsConfig()
-
-
-def load(path: str | os.PathLike[str]) -> RunConfig:
-    """Read and validate a YAML file. Raises ConfigError naming each wrong field by its path."""
-    try:
-        return RunConfig.model_validate(yaml.safe_load(pathlib.Path(path).read_text()))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    except pydantic.ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in error.errors()]
-        raise ConfigError(f"{path} is not a valid configuration of a run:\n" + "\n".join(lines)) from error
 
 
 class Recommender(nn.Module):

@@ -1,7 +1,8 @@
 """Clients of the log, made from the configuration: `consumer`, `producer`, topics, dead letters.
 
-Clients speak bytes. A broker that cannot be reached is `BrokerUnavailable`, a topic that is not there is
-`TopicMissing`; both say what was tried and what to do. Offsets live in checkpoints: consumers have no group.
+Clients speak bytes. A broker that cannot be reached is `BrokerUnavailable`, one that refuses the client or
+that the client does not trust `AuthenticationFailed`, a topic that is not there `TopicMissing`; all say what
+was tried and what to do. Offsets live in checkpoints: consumers have no group.
 """
 
 import contextlib
@@ -15,8 +16,10 @@ import kafka.errors
 import kafka.partitioner
 
 from grstream.config import KafkaConfig
+from grstream.connections import opening
 from grstream.events import Rejected
 from grstream.keys import Id, partition_key
+from grstream.refusals import REFUSALS, refusal
 
 # How long a broker holds a fetch that finds nothing. New records end the wait at once; it only bounds how
 # late an idle reader notices a seek or a stop.
@@ -37,6 +40,10 @@ class BrokerUnavailable(ConnectionError):
     """No broker answers at the configured addresses, or none did in time."""
 
 
+class AuthenticationFailed(BrokerUnavailable):
+    """A broker answers, and it and the client do not accept each other: who and what to check, no secret."""
+
+
 class TopicMissing(LookupError):
     """The broker does not have the topic."""
 
@@ -47,9 +54,16 @@ class DeliveryFailed(RuntimeError):
 
 @contextlib.contextmanager
 def reaching(config: KafkaConfig) -> Iterator[None]:
-    """Turns kafka-python's connection errors and time-outs within into BrokerUnavailable."""
+    """Turns kafka-python's connection errors and time-outs within into BrokerUnavailable.
+
+    What authentication or TLS fail by is an AuthenticationFailed.
+    """
+    addresses = ", ".join(config.bootstrap_servers)
     try:
         yield
+    except REFUSALS as error:
+        why = refusal(error, config.security)
+        raise AuthenticationFailed(f"no connection to the Kafka broker at {addresses}: {why}") from error
     except (
         kafka.errors.KafkaTimeoutError,
         kafka.errors.KafkaConnectionError,
@@ -57,10 +71,10 @@ def reaching(config: KafkaConfig) -> Iterator[None]:
         kafka.errors.BrokerNotAvailableError,
         kafka.errors.RequestTimedOutError,
     ) as error:
-        addresses = ", ".join(config.bootstrap_servers)
         raise BrokerUnavailable(
             f"no Kafka broker answered at {addresses} within {config.request_timeout_ms} ms ({error}); "
-            "start it (for development: `grstream broker`) or correct kafka.bootstrap_servers"
+            "start it (for development: `grstream broker`), or correct kafka.bootstrap_servers or "
+            "kafka.security.protocol"
         ) from error
 
 
@@ -70,9 +84,10 @@ def consumer(config: KafkaConfig, max_poll_records: int = 2000) -> kafka.KafkaCo
     A position outside the log raises OffsetOutOfRangeError from `poll`: a gap is never skipped in silence.
     Records of aborted transactions are not seen.
     """
-    with reaching(config):
+    with reaching(config), opening(config.security) as secured:
         return kafka.KafkaConsumer(
             **_connection(config),
+            **secured,
             group_id=None,
             enable_auto_commit=False,
             auto_offset_reset="none",
@@ -90,9 +105,10 @@ def producer(config: KafkaConfig) -> kafka.KafkaProducer:
     Its default partitioner is murmur2 of the key, as `partition_of` computes it. Wait for its futures with a
     time-out of your own and close it with `close_producer`.
     """
-    with reaching(config):
+    with reaching(config), opening(config.security) as secured:
         return kafka.KafkaProducer(
             **_connection(config),
+            **secured,
             enable_idempotence=True,
             acks="all",
             compression_type="lz4",
@@ -229,7 +245,8 @@ class DeadLetters:
 @contextlib.contextmanager
 def _admin(config: KafkaConfig) -> Iterator[kafka.admin.KafkaAdminClient]:
     with reaching(config):
-        admin = kafka.admin.KafkaAdminClient(**_connection(config))
+        with opening(config.security) as secured:
+            admin = kafka.admin.KafkaAdminClient(**_connection(config), **secured)
         try:
             yield admin
         finally:

@@ -40,11 +40,16 @@ class EngineStopped(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Ask:
-    """A question about a user's history at a time. Without `user` its unfilled last page is not kept."""
+    """A question about a user's history at a time.
+
+    With `user` the history is what is remembered of that user: its unfilled last page is kept, and it is
+    encoded anew for the next version. Not so one that the request brought itself.
+    """
 
     history: History
     at_ms: int
     user: int | None = None
+    brought: bool = False
     deadline: float | None = None  # of time.monotonic()
 
 

@@ -1,8 +1,8 @@
 """What may be retrieved: a version's items less those withdrawn, and those announced that it does not know.
 
 An announced item that nobody has touched has no row: its vector is made as an unknown candidate's is, from
-its key's initial vector and its features', and it has no prior. Training does not teach retrieval from
-features yet, so that such an item is found, not found well.
+its key's initial vector and its features', and it has no prior. Training teaches features to be found by
+themselves (`Learner._described_loss`).
 """
 
 import dataclasses

@@ -133,7 +133,7 @@ class Steps:
                 sequence.release()
                 served = newest
                 work, sequence = self._sequence(ask, served)
-        if ask.user is not None and arm != "b":
+        if ask.user is not None and not ask.brought and arm != "b":
             self.versions.answered(ask.user, ask.history, served, now)
         return work, sequence, arm
 
@@ -141,7 +141,7 @@ class Steps:
         assert self.cache is not None
         work = work_for(served, self.versions.shelf(served), ask)
         tokens = HistoryTokens.of(work.history, served.schema.contexts, served.interleaved)
-        return work, Sequence(served, self.cache, tokens, ask.user)
+        return work, Sequence(served, self.cache, tokens, None if ask.brought else ask.user)
 
     def _encode(self) -> None:
         """Encode some of what is missing of active requests' histories."""

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from grstream import epochs
-from grstream.config import ConfigError
-from grstream.epochs import CRITERION, Epoch, Result, RunConfig
+from grstream.config import ConfigError, RunConfig, load_run
+from grstream.epochs import CRITERION, Epoch, Result
 from grstream.leave_one_out import Sequences, SequencesError, mean_and_error, read_ml_1m, read_ml_100k
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
-        configs = {pathlib.Path(path).stem: epochs.load(path) for path in options.config}
+        configs = {pathlib.Path(path).stem: load_run(path) for path in options.config}
         if len(configs) < len(options.config):
             raise ConfigError("two configurations have the same name, and so would their runs")
         data = options.read(options.data)

@@ -277,19 +277,17 @@ class _Work:
         """(H · b, r, n) in fp32 or wider, UNSEEN out of sight, from (H · b, r, ·) and (H · b, ·, n)."""
         self.index = index = block.pairs
         scores = self.buffer("scores", block, self.wide)
-        shared = len(index) * self.heads < scores.plain.numel()
-        if not shared:
+        if index.numel() * self.heads == scores.plain.numel():
             for table, out in zip(self.by_head, scores.heads, strict=True):
-                torch.index_select(table, 0, index, out=out)
-            if self.dtype == self.wide:
-                return scores.plain.baddbmm_(q, k, alpha=alpha)
+                torch.index_select(table, 0, index.view(-1), out=out)
             bias = scores.by_head
-        else:
-            bias = torch.stack([table.index_select(0, index) for table in self.by_head]).unsqueeze(1)
+        else:  # sequences, or rows, share theirs
+            some = [table.index_select(0, index.view(-1)) for table in self.by_head]
+            bias = torch.stack(some).view(self.heads, *index.shape)
             if self.dtype == self.wide:
-                scores.by_head.copy_(bias.view(self.heads, 1, *scores.by_head.shape[2:]))
-                return scores.plain.baddbmm_(q, k, alpha=alpha)
-            bias = bias.view(self.heads, 1, *scores.by_head.shape[2:])
+                scores.by_head.copy_(bias)
+        if self.dtype == self.wide:
+            return scores.plain.baddbmm_(q, k, alpha=alpha)
         product = self.buffer("product", block, self.dtype)
         torch.bmm(q, k, out=product.plain)
         torch.add(bias, product.by_head, alpha=alpha, out=scores.by_head)
@@ -326,10 +324,10 @@ class _Work:
             return
         index, size = self.index, self.counts.shape[1]
         buffer = self.buffer("d_scores", block, self.wide)
-        shared = len(index) * self.heads < buffer.plain.numel()
-        by_head = buffer.by_head.sum(1).flatten(1).unbind() if shared else buffer.heads
+        shared = [at for at, size in enumerate(index.shape, 1) if size < buffer.by_head.shape[at]]
+        by_head = buffer.by_head.sum(shared).flatten(1).unbind() if shared else buffer.heads
         for counts, weights in zip(self.counts_by_head, by_head, strict=True):
-            counts.add_(torch.bincount(index, weights, size))
+            counts.add_(torch.bincount(index.view(-1), weights, size))
 
     def tables(self) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of both tables."""

@@ -7,7 +7,8 @@ on the way out: rows to blocks, memory to groups, heads outermost in each.
 
 A pair's bias is looked up by one number, its place in a table of all pairs of buckets, which heads and layers
 share. Where all pairs of a block's sequences that stand at the same place have the same one (rows that follow
-one another, times that say nothing or are not asked for), it is kept once for all of them.
+one another, times that say nothing or are not asked for), it is kept once for all of them; where all rows see
+the same (candidates at one time), once for all rows.
 
 Rows that are the memory itself can have their own pairs among the others: a row then sees one token more.
 """
@@ -94,7 +95,7 @@ class Block:
 
     @property
     def pairs(self) -> Tensor:
-        """(b · r · n,) int32, each pair's place in a pair table; (r · n,) where sequences agree."""
+        """int32, each pair's place in a pair table: (b or 1, r or 1, n), 1 where sequences or rows agree."""
         return self._pairs if self.kept else self.find_pairs()
 
 
@@ -191,7 +192,10 @@ class _PairIndex:
                     clock, times = clock[:1], times[:1]  # one for all sequences
                 clock, times = clock.unsqueeze(2), times.unsqueeze(1)
         start = (prefix + self.longest).to(torch.int32).unsqueeze(2)
-        return _GroupPairs(self, start, sees, clock, times)
+        alike = (start[:, 1:] == start[:, :-1]).all(0)
+        if clock is not None:
+            alike = alike & (clock[:, 1:] == clock[:, :-1]).all(0)
+        return _GroupPairs(self, start, sees, clock, times, [False, *alike.squeeze(1).tolist()])
 
     def _prefixes(self, index: Tensor, real: Tensor) -> tuple[Tensor, list[int]]:
         """The rows' prefixes (b, longest), or (1, longest) where sequences agree, and the largest of each."""
@@ -200,8 +204,6 @@ class _PairIndex:
         regular = prefix[:1, :1] + torch.arange(prefix.shape[1])
         if int(regular[0, -1]) <= self.longest and bool(((prefix == regular) | ~real).all()):
             prefix = regular
-        else:
-            prefix = prefix * real  # a padded row sees nothing
         return prefix, prefix.amax(0).tolist()
 
 
@@ -214,21 +216,23 @@ class _GroupPairs:
     sees: list[int]  # (longest,) the most that a sequence's row sees
     clock: Tensor | None  # (b or 1, longest, 1)
     times: Tensor | None  # (b or 1, 1, width)
+    alike: list[bool]  # (longest,) whether a row sees what the one before it does, at the same time
 
     def of(self, first: int, last: int, n: int) -> Tensor:
-        """Rows [first, last) against the first n memory tokens: (b · r · n,) or (r · n,) int32."""
+        """Rows [first, last) against the first n memory tokens: (b or 1, r or 1, n) int32."""
+        if all(self.alike[first + 1 : last]):
+            last = first + 1
         place = self.start[:, first:last] - self.index.columns[:n]
-        base = self.index.bases.index_select(0, place.view(-1))
+        base = self.index.bases.index_select(0, place.view(-1)).view(place.shape)
         if self.clock is None or self.times is None:
             return base
         passed = (self.clock[:, first:last] - self.times[:, :, :n]).to(torch.float32)
         # buckets.time_bucket, in place, its offset being in the bases already
         pairs = (passed.view(torch.int32) >> TIME_SHIFT).clamp_(TIME_OFFSET, TIME_OFFSET + TIME_BUCKETS - 1)
-        base = base.view(place.shape)
         pairs = pairs.add_(base) if len(pairs) >= len(base) else pairs + base
         if self.index.mend:
             pairs.masked_fill_(place == self.index.longest + 1, 0)
-        return pairs.view(-1)
+        return pairs
 
 
 def _seen(sight: Sight) -> list[int]:

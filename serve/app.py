@@ -17,6 +17,7 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 import grstream
 from grstream import config as configuration
@@ -78,8 +79,11 @@ def application(config: Config, keys: Keyring) -> Application:
         "health_check_period_s": HEALTH_PERIOD_S,
         "health_check_timeout_s": HEALTH_TIMEOUT_S,
         "graceful_shutdown_timeout_s": config.serve.request_timeout_ms / 1000,
-        # Of what Serve says of a replica; what the project says is configured by each replica itself.
-        "logging_config": {"encoding": config.logs.format.upper(), "log_level": config.logs.level},
+        # Of what Serve says of a replica; what the project says is configured by each replica itself. A line
+        # for each call of a replica is more than the log of requests, which is ours, needs.
+        "logging_config": LoggingConfig(
+            encoding=config.logs.format.upper(), log_level=config.logs.level, enable_access_log=False
+        ),
     }
     shards = [
         serve.deployment(HistoryShardReplica)
@@ -154,7 +158,7 @@ class Gateway:
         self._config, self._keys = config, keys
         self._instruments = Instruments()
         self._exposures = ExposureLog(config) if config.serve.exposure_topic else None
-        self._backend = RayBackend(config, scorers, shards)
+        self._backend = RayBackend(config, _pickling(scorers), [_pickling(shard) for shard in shards])
         self._ranking: Any = None
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
@@ -180,6 +184,11 @@ class Gateway:
         """Serve calls this when it stops a replica."""
         if self._exposures is not None:
             self._exposures.close(self._config.serve.request_timeout_ms / 1000)
+
+
+def _pickling(handle: DeploymentHandle) -> DeploymentHandle:
+    """A handle whose calls travel by pickle where they go by gRPC: Serve's cloudpickle takes longer."""
+    return handle.options(request_serialization="pickle", response_serialization="pickle")
 
 
 def _require_loopback(config: Config) -> None:

@@ -25,11 +25,10 @@ from ray.serve.handle import DeploymentHandle
 from grstream.api import Appended, ReadyAnswer, ShardState
 from grstream.config import Config
 from grstream.events import ActionEvent
-from grstream.histories import History
 from grstream.kafka import partition_of
-from grstream.keys import Id, Keys, Namespace, key_of
+from grstream.keys import Id, Namespace, key_of
 from grstream.schema import Schema
-from grstream.scores import EngineNotReady, Ranked, Recommended, Retrieved
+from grstream.scores import EngineNotReady, Rank, Ranked, Recommend, Recommended, Retrieve, Retrieved
 from grstream.tail import TailNotReady, TailStatus
 from grstream.weights import Manifest
 from serve.errors import OtherSchema, QueueFull, Unavailable
@@ -114,47 +113,24 @@ class RayBackend:
             )
             return held
 
-    async def rank(self, user: Id, history: History, items: Keys, features: Keys, at_ms: int) -> Ranked:
+    async def rank(self, user: Id, ask: Rank) -> Ranked:
         with _reaching("scorer"):
-            scorer = self._scorers.options(session_id=str(user))
-            ranked: Ranked = await scorer.rank.remote(
-                self._schema, key_of(Namespace.USER, user), history, items, features, at_ms
-            )
+            ranked: Ranked = await self._scorer(user).rank.remote(self._schema, ask)
             return ranked
 
-    async def retrieve(
-        self,
-        user: Id,
-        history: History,
-        k: int,
-        context: Keys,
-        at_ms: int,
-        exclude: Keys,
-        allow: Keys | None,
-    ) -> Retrieved:
+    async def retrieve(self, user: Id, ask: Retrieve) -> Retrieved:
         with _reaching("scorer"):
-            scorer = self._scorers.options(session_id=str(user))
-            found: Retrieved = await scorer.retrieve.remote(
-                self._schema, key_of(Namespace.USER, user), history, k, context, at_ms, exclude, allow
-            )
+            found: Retrieved = await self._scorer(user).retrieve.remote(self._schema, ask)
             return found
 
-    async def recommend(
-        self,
-        user: Id,
-        history: History,
-        k: int,
-        context: Keys,
-        at_ms: int,
-        exclude: Keys,
-        allow: Keys | None,
-    ) -> Recommended:
+    async def recommend(self, user: Id, ask: Recommend) -> Recommended:
         with _reaching("scorer"):
-            scorer = self._scorers.options(session_id=str(user))
-            best: Recommended = await scorer.recommend.remote(
-                self._schema, key_of(Namespace.USER, user), history, k, context, at_ms, exclude, allow
-            )
+            best: Recommended = await self._scorer(user).recommend.remote(self._schema, ask)
             return best
+
+    def _scorer(self, user: Id) -> DeploymentHandle:
+        """The scorers, for a call that goes to the one whose cache has the user."""
+        return self._scorers.options(session_id=str(user))
 
     async def append(self, events: Sequence[ActionEvent]) -> list[Appended]:
         return await self._post(self._writer.append, events)

@@ -28,7 +28,6 @@ from grstream.api import (
     ErrorAnswer,
     Explain,
     ForgetAnswer,
-    Found,
     HistoryAnswer,
     HistoryEvent,
     ModelAnswer,
@@ -36,20 +35,21 @@ from grstream.api import (
     RankAnswer,
     ReadyAnswer,
     RecommendAnswer,
-    Recommendation,
     RetrieveAnswer,
-    Scored,
 )
 from grstream.config import Config
 from grstream.events import ActionEvent
 from grstream.histories import History
-from grstream.keys import Id, Keys, Namespace, ints_of_keys
+from grstream.keys import Id, Keys, Namespace, ints_of_keys, key_of
 from grstream.scores import (
     EngineNotReady,
     EngineStopped,
     NonFiniteScores,
+    Rank,
     Ranked,
+    Recommend,
     Recommended,
+    Retrieve,
     Retrieved,
     WrongFeatures,
 )
@@ -105,29 +105,11 @@ class Backend(Protocol):
         """Raises TailBehind where the event at `min_offset` is not read in time."""
         ...
 
-    async def rank(self, user: Id, history: History, items: Keys, features: Keys, at_ms: int) -> Ranked: ...
+    async def rank(self, user: Id, ask: Rank) -> Ranked: ...
 
-    async def retrieve(
-        self,
-        user: Id,
-        history: History,
-        k: int,
-        context: Keys,
-        at_ms: int,
-        exclude: Keys,
-        allow: Keys | None,
-    ) -> Retrieved: ...
+    async def retrieve(self, user: Id, ask: Retrieve) -> Retrieved: ...
 
-    async def recommend(
-        self,
-        user: Id,
-        history: History,
-        k: int,
-        context: Keys,
-        at_ms: int,
-        exclude: Keys,
-        allow: Keys | None,
-    ) -> Recommended: ...
+    async def recommend(self, user: Id, ask: Recommend) -> Recommended: ...
 
     async def append(self, events: Sequence[ActionEvent]) -> list[Appended]: ...
 
@@ -210,6 +192,7 @@ class Gateway:
         self._exposures = exposures
         self._backend = backend
         self._judge = Judge(config)
+        self._weights = tuple((action, config.serve.weight(action)) for action in config.events.actions)
 
     async def rank(self, request: RankRequest) -> Response:
         """Score candidates for a user: the probability of each action, were the item shown now."""
@@ -242,48 +225,43 @@ class Gateway:
         asked = self._judge.to_rank(request)
         async with self._patience():
             held = await self._held(request)
+            ask = Rank(**_about(request, held, asked.at_ms), items=asked.items, features=asked.features)
             with self._instruments.stage("scorer"):
-                found = await self._backend.rank(
-                    request.user_id, held.history, asked.items, asked.features, asked.at_ms
-                )
+                found = await self._backend.rank(request.user_id, ask)
             self._instruments.engine(found.encoded)
         shown = _as_given(request.ids_as_strings)
         rows = zip(asked.ids, found.probabilities.tolist(), found.known.tolist(), strict=True)
         weights = np.array([self._config.serve.weight(action) for action in found.actions], np.float32)
         features = [candidate.item_features for candidate in request.candidates]
         scores = found.probabilities @ weights
-        return RankAnswer(
-            exposure_id=self._log(request, "rank", found, asked.ids, scores, features),
-            **self._listed(request, held, found),
-            results=[
-                Scored(item_id=shown(i), scores=dict(zip(found.actions, p, strict=True)), known=k)
-                for i, p, k in rows
-            ],
-        )
+        # Here and below: results are validated by one call, which is several times faster than one for each.
+        results = [
+            {"item_id": shown(i), "scores": dict(zip(found.actions, p, strict=True)), "known": k}
+            for i, p, k in rows
+        ]
+        exposure_id = self._log(request, "rank", found, asked.ids, scores, features)
+        fields = self._listed(request, held, found)
+        return RankAnswer.model_validate({"exposure_id": exposure_id, **fields, "results": results})
 
     async def retrieved(self, request: RetrieveRequest) -> RetrieveAnswer:
         found, held, shown = await self._find(request, self._backend.retrieve)
         ids = _ids(found.items, found.names)
-        return RetrieveAnswer(
-            exposure_id=self._log(request, "retrieve", found, ids, found.scores),
-            **self._listed(request, held, found),
-            results=[
-                Found(item_id=shown(i), score=s) for i, s in zip(ids, found.scores.tolist(), strict=True)
-            ],
-        )
+        results = [{"item_id": shown(i), "score": s} for i, s in zip(ids, found.scores.tolist(), strict=True)]
+        exposure_id = self._log(request, "retrieve", found, ids, found.scores)
+        fields = self._listed(request, held, found)
+        return RetrieveAnswer.model_validate({"exposure_id": exposure_id, **fields, "results": results})
 
     async def recommended(self, request: RecommendRequest) -> RecommendAnswer:
-        found, held, shown = await self._find(request, self._backend.recommend)
+        found, held, shown = await self._find(request, self._backend.recommend, self._weights)
         ids = _ids(found.items, found.names)
         columns = (ids, found.scores.tolist(), found.probabilities.tolist())
-        return RecommendAnswer(
-            exposure_id=self._log(request, "recommend", found, ids, found.scores),
-            **self._listed(request, held, found),
-            results=[
-                Recommendation(item_id=shown(i), score=s, scores=dict(zip(found.actions, p, strict=True)))
-                for i, s, p in zip(*columns, strict=True)
-            ],
-        )
+        results = [
+            {"item_id": shown(i), "score": s, "scores": dict(zip(found.actions, p, strict=True))}
+            for i, s, p in zip(*columns, strict=True)
+        ]
+        exposure_id = self._log(request, "recommend", found, ids, found.scores)
+        fields = self._listed(request, held, found)
+        return RecommendAnswer.model_validate({"exposure_id": exposure_id, **fields, "results": results})
 
     async def actions(self, request: ActionsRequest) -> Response:
         """Append events to the log. All are judged before any is sent; each answer is an acknowledgement."""
@@ -380,7 +358,8 @@ class Gateway:
     async def _find(
         self,
         request: RetrieveRequest,
-        find: Callable[[Id, History, int, Keys, int, Keys, Keys | None], Awaitable[F]],
+        find: Callable[[Id, Any], Awaitable[F]],
+        weights: tuple[tuple[str, float], ...] | None = None,
     ) -> tuple[F, _Held, Callable[[Id], Id]]:
         """What a backend's retrieve or recommend makes of a request, and the history that it was given."""
         asked = self._judge.to_find(request)
@@ -389,10 +368,11 @@ class Gateway:
             exclude = asked.exclude
             if request.exclude_history:
                 exclude = np.concatenate([exclude, held.history.items])
+            about = _about(request, held, asked.at_ms)
+            about |= {"k": asked.k, "context": asked.context, "exclude": exclude, "allow": asked.allow}
+            ask = Retrieve(**about) if weights is None else Recommend(**about, weights=weights)
             with self._instruments.stage("scorer"):
-                found = await find(
-                    request.user_id, held.history, asked.k, asked.context, asked.at_ms, exclude, asked.allow
-                )
+                found = await find(request.user_id, ask)
             self._instruments.engine(found.encoded)
         return found, held, _as_given(request.ids_as_strings)
 
@@ -479,6 +459,12 @@ class Gateway:
             if element.error is not None:
                 self._instruments.refused(element.status, element.error.type)
         return elements
+
+
+def _about(request: ForUser, held: _Held, at_ms: int) -> dict[str, Any]:
+    """The fields of an `Ask`."""
+    user = key_of(Namespace.USER, request.user_id)
+    return {"history": held.history, "at_ms": at_ms, "user": user, "brought": held.position is None}
 
 
 def _element(outcome: A | BaseException) -> BatchElement[A]:

@@ -35,21 +35,25 @@ class _Request(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
+# Made anew for each: pydantic copies a default deeply, which was a fifth of the time of judging a candidate.
+NO_FEATURES: Any = pydantic.Field(default_factory=dict)
+
+
 class PastEvent(_Request):
     """An event of a history that a request brings: an ActionEvent of the request's user."""
 
     item_id: WireId
     actions: list[str] = pydantic.Field(description="configured names, each once; none: only shown")
     timestamp_ms: Timestamp
-    context: Features = {}
-    item_features: Features = {}
+    context: Features = NO_FEATURES
+    item_features: Features = NO_FEATURES
 
 
 class Candidate(_Request):
     """An item that may be shown, with its features."""
 
     item_id: WireId
-    item_features: Features = {}
+    item_features: Features = NO_FEATURES
 
 
 def _candidate(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The scorer deployment: an engine behind a queue, following the weights."""
 
 import asyncio
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,6 @@ from grstream.catalogue_tail import CatalogueStatus, CatalogueTail
 from grstream.config import Config
 from grstream.exchange import Exchange
 from grstream.exporter import Exporter
-from grstream.histories import History
-from grstream.keys import Keys
 from grstream.schema import Schema
 from grstream.scores import EngineNotReady, Rank, Ranked, Recommend, Recommended, Retrieve, Retrieved
 from grstream.telemetry import Part
@@ -42,7 +41,6 @@ class Scorer:
         self._engine.start()
         self._queue = config.serve.queue
         self._timeout_s = config.serve.request_timeout_ms / 1000
-        self._weights = tuple((action, config.serve.weight(action)) for action in config.events.actions)
         self._waiting = 0
         self._tracer = trace.get_tracer(TRACER)
         self._exporter = Exporter()
@@ -55,73 +53,21 @@ class Scorer:
         self._follower = WeightsFollower(self._store, self._engine, config.serve.poll_weights_s)
         self._follower.start()
 
-    async def rank(
-        self, schema: Schema, user: int | None, history: History, items: Keys, features: Keys, at_ms: int
-    ) -> Ranked:
+    async def rank(self, schema: Schema, ask: Rank) -> Ranked:
         """`schema`, here and below, is the caller's; raises OtherSchema where it is not this replica's."""
         require_schema(self._schema, schema)
-        ask = Rank(
-            history=history,
-            at_ms=at_ms,
-            user=user,
-            deadline=self._deadline(),
-            items=items,
-            features=features,
-        )
         ranked: Ranked = await self._ask(ask)
         return ranked
 
-    async def retrieve(
-        self,
-        schema: Schema,
-        user: int | None,
-        history: History,
-        k: int,
-        context: Keys,
-        at_ms: int,
-        exclude: Keys,
-        allow: Keys | None = None,
-    ) -> Retrieved:
+    async def retrieve(self, schema: Schema, ask: Retrieve) -> Retrieved:
         require_schema(self._schema, schema)
         self._require_items()
-        ask = Retrieve(
-            history=history,
-            at_ms=at_ms,
-            user=user,
-            deadline=self._deadline(),
-            k=k,
-            context=context,
-            exclude=exclude,
-            allow=allow,
-        )
         found: Retrieved = await self._ask(ask)
         return found
 
-    async def recommend(
-        self,
-        schema: Schema,
-        user: int | None,
-        history: History,
-        k: int,
-        context: Keys,
-        at_ms: int,
-        exclude: Keys,
-        allow: Keys | None = None,
-    ) -> Recommended:
-        """Items retrieved, and ranked by the configured weights of actions."""
+    async def recommend(self, schema: Schema, ask: Recommend) -> Recommended:
         require_schema(self._schema, schema)
         self._require_items()
-        ask = Recommend(
-            history=history,
-            at_ms=at_ms,
-            user=user,
-            deadline=self._deadline(),
-            k=k,
-            context=context,
-            exclude=exclude,
-            allow=allow,
-            weights=self._weights,
-        )
         found: Recommended = await self._ask(ask)
         return found
 
@@ -161,15 +107,13 @@ class Scorer:
                 f"the items are being read from their topic: {status.reason or 'not at its end'}"
             )
 
-    def _deadline(self) -> float:
-        """After which whoever asked no longer waits."""
-        return time.monotonic() + self._timeout_s
-
     async def _ask(self, ask: Rank | Retrieve) -> Any:
         if self._waiting >= self._queue:
             raise QueueFull(f"{self._waiting} requests wait for this scorer, as many as it may hold")
         self._waiting += 1
         try:
+            # A clock of this machine's: after it whoever asked no longer waits.
+            ask = dataclasses.replace(ask, deadline=time.monotonic() + self._timeout_s)
             answer = await asyncio.wrap_future(self._engine.ask(ask))  # cancelled, it leaves the engine
             if trace.get_current_span().is_recording():
                 engine_spans(self._tracer, answer.encoded, time.time_ns())

@@ -12,6 +12,7 @@ from grstream.api import Appended
 from grstream.config import Config
 from grstream.events import ActionEvent
 from grstream.kafka import (
+    AuthenticationFailed,
     BrokerUnavailable,
     TopicMissing,
     partition_count,
@@ -83,6 +84,11 @@ class ActionWriter:
                     done = future.get(timeout=max(0.001, deadline - time.monotonic()))
                     if i < count:
                         acknowledged[i] = Appended(partition=done.partition, offset=done.offset)
+        except AuthenticationFailed as error:  # it names this server's user and files: not for clients
+            logger.error("%s", error)
+            raise Unavailable(
+                "broker_unavailable", "the log does not accept this server; its log says why", acknowledged
+            ) from error
         except BrokerUnavailable as error:
             raise Unavailable("broker_unavailable", str(error), acknowledged) from error
         except kafka.errors.MessageSizeTooLargeError as error:

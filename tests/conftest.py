@@ -77,7 +77,9 @@ def any_broker_process(request: pytest.FixtureRequest, broker_process: BrokerPro
     def apache(
         directory: pathlib.Path, port: int = 0
     ) -> contextlib.AbstractContextManager[tuple[subprocess.Popen[str], str]]:
-        return _running([str(start), "--dir", str(directory), "--port", str(port or _two_free_ports())])
+        command = [str(start), "--dir", str(directory), "--port", str(port or _two_free_ports())]
+        # Tests give records times of years ago, which the broker would delete at its next look, 5 minutes on.
+        return _running([*command, "--set", "log.retention.ms=-1"])
 
     return apache
 

@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from grstream import epochs
-from grstream.config import Config, ConfigError, SyntheticConfig, parse
+from grstream.config import Config, ConfigError, SyntheticConfig, load_run, parse
 from grstream.config import load as load_config
 from grstream.datasets import SYNTHETIC_EPOCH_MS, DatasetError, load
 from grstream.events import EventSchema
@@ -208,7 +207,7 @@ def test_every_configuration_of_the_project_is_valid(path: pathlib.Path) -> None
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_configuration_of_a_run_of_epochs_is_valid(path: pathlib.Path) -> None:
-    assert epochs.load(path).model.dim % epochs.load(path).model.heads == 0
+    assert load_run(path).model.dim % load_run(path).model.heads == 0
 
 
 def test_the_synthetic_stream_is_the_same_for_the_same_seed_however_much_is_read() -> None:

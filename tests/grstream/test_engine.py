@@ -564,6 +564,25 @@ def test_after_a_swap_a_cached_user_stays_until_rebuilt_the_hottest_first() -> N
     assert served.manifest.number == 3
 
 
+def test_a_history_that_a_request_brought_takes_no_place_of_the_users_own() -> None:
+    served = engine(max_version_age_s=1000)
+    own, other = history(1, 20), history(2, 20)  # a full page, and one that is not
+
+    def ask(past: History, brought: bool) -> Ranked:
+        asked = Rank(history=past, at_ms=NOW, user=1, brought=brought, items=ITEMS[:2])
+        ranked: Ranked = served._wait(served.ask(asked))
+        return ranked
+
+    ask(own, False)
+    assert ask(other, True).reuse is Reuse.MISS
+    assert ask(own, False).reuse is Reuse.HIT, "its unfilled last page is still there"
+    assert ask(other, True).reuse is Reuse.EXTEND, "of the other's, the full page is"
+    served.swap(VERSIONS[3])
+    assert served.rebuild()
+    assert not served.rebuild(), "the user's own history alone is worth encoding anew"
+    assert ask(own, False).reuse is Reuse.HIT
+
+
 def test_two_versions_side_by_side_share_users_by_a_hash_and_each_answer_says_its_arm() -> None:
     served, past = engine(max_version_age_s=1000), history(1, 20)
     expected = {

@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from grstream import config
-from grstream.keys import Namespace, keys_of_ints
-from grstream.learner import Learner, NonFiniteLoss, StepReport
+from grstream.keys import Namespace, feature_namespace, keys_of_ints
+from grstream.learner import Learner, NonFiniteLoss, StepReport, _InTable
 from grstream.microbatch import MicroBatch, Role
 from grstream.ranks import Ranks
 from grstream.shards import Asked, Fetched, Negatives, Shards
@@ -388,3 +388,34 @@ def test_a_learner_in_bf16_says_nearly_what_one_in_fp32_says() -> None:
         said = [learner.step(batch).predictions.probabilities for learner in (exact, reduced)]
         assert said[1] == pytest.approx(said[0], abs=0.02)
     assert all(array.dtype == np.float32 for array in reduced.weights().dense.values())
+
+
+def test_features_alone_say_who_goes_for_an_item_that_nobody_has_touched() -> None:
+    """Each user goes for items of one genre, every time for another item: only the genre can be learned."""
+    learner = Learner(small_config(train={"negatives": 32, "retrieval_weight": 0.5}, dim=16))
+    genres = [int(key) for key in keys_of_ints(feature_namespace("item.genre"), np.arange(4))]
+    random, histories = np.random.default_rng(0), {user: [] for user in range(8)}
+    for step in range(60):
+        new = {u: [(1000 * step + 10 * u + i, 1, 10_000 * step + i) for i in range(2)] for u in range(8)}
+        sequences = [(u, histories[u], new[u]) for u in random.permutation(8).tolist()]
+        batch = micro_batch(sequences, 16 * step, features=1)
+        of_user = np.repeat([genres[u % 4] for u, *_ in sequences], batch.lengths)
+        learner.step(dataclasses.replace(batch, features=of_user[:, None]))
+        histories = {u: [*histories[u], *new[u]][-6:] for u in histories}
+    # Nobody has touched these: all that is known of them is their genre.
+    fresh = keys_of_ints(Namespace.ITEM, np.arange(10**6, 10**6 + 4))
+    order = np.argsort(fresh)
+    untouched, _ = learner.vocabulary.vectors(fresh[order])
+    by_genre, _ = learner.vocabulary.vectors(np.sort(genres))
+    by_genre = by_genre[np.argsort(np.argsort(genres))]
+    found = learner.model.item_vectors(untouched[np.argsort(order)] + by_genre)
+    batch = micro_batch([(u, histories[u], [(0, 1, 10**6)]) for u in range(8)], 0, features=1)
+    of_user = np.repeat([genres[u % 4] for u in range(8)], batch.lengths)
+    batch = dataclasses.replace(batch, features=of_user[:, None])
+    with torch.no_grad():
+        table, _ = learner.vocabulary.vectors(np.unique(np.concatenate([batch.items, genres])))
+        keys = np.unique(np.concatenate([batch.items, genres]))
+        places = _InTable(np.searchsorted(keys, batch.items), np.searchsorted(keys, batch.features))
+        users = learner.model.user_vectors(learner._encode(batch, places, None, table, False).retrieval)
+    best = (users @ found.T).argmax(1).numpy()
+    assert (best == np.arange(8) % 4).mean() >= 0.75

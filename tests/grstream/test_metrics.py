@@ -129,3 +129,25 @@ def test_entropy_and_log_loss_meet_at_the_rate() -> None:
     labels = np.array([True] * 3 + [False] * 7)
     assert log_loss(np.full(10, 0.3), labels).mean() == pytest.approx(entropy(0.3))
     assert np.isfinite(log_loss(np.array([0.0, 1.0]), np.array([True, False]))).all()
+
+
+def test_gauc_puts_who_learns_a_users_level_from_its_labels_below_who_does_not() -> None:
+    """Each user's labels are drawn at a level of its own, which is as good as a constant in its AUC.
+
+    Of labels that are what they are in sum, those to come are the rarer the more have been: a level learned
+    from them is right on average, and ranks a user's own events the wrong way round.
+    """
+    random, users, each = np.random.default_rng(0), 3000, 17
+    user = np.repeat(np.arange(users), each)
+    quality = random.normal(0, 0.9, 500)[random.integers(500, size=len(user))]
+    level = np.repeat(random.normal(0, 0.8, users), each)
+    liked = random.random(len(user)) < 1 / (1 + np.exp(-quality - level))
+    labels = liked.reshape(users, each)
+    before = np.cumsum(labels, 1) - labels
+    learned = (before + 5) / (np.arange(each) + 10)
+    told = quality + np.log(learned / (1 - learned)).reshape(-1)
+    alone, beside, known = (gauc(user, liked, scores) for scores in (quality, told, quality + level))
+    assert alone == pytest.approx(known)
+    assert alone - beside > 0.03
+    losses = [log_loss(1 / (1 + np.exp(-scores)), liked).mean() for scores in (quality, told)]
+    assert losses[1] < losses[0] - 0.01, "and yet it predicts better"

@@ -111,7 +111,22 @@ def test_rows_in_order_share_one_index_of_their_positions() -> None:
         assert len(blocks) == 3
         for block in blocks:
             assert block.batch == 2 * 3
-            assert len(block.pairs) == (1 if shared else 3) * block.rows * block.seen
+            assert block.pairs.shape == (1 if shared else 3, block.rows, block.seen)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_candidates_at_one_time_share_one_index_of_what_they_see(softmax: bool, dtype: torch.dtype) -> None:
+    """Rows that see the same at the same time, but for one of a second request later on."""
+    lengths, rows = [33, 30, 31], 20
+    prefixes = [[*[n] * (rows - 1), n - (n == 30)] for n in lengths]
+    drawn = case(lengths, prefixes, dtype=dtype, softmax=softmax)
+    asked = drawn.sight.row_times.view(3, rows)
+    drawn.sight = dataclasses.replace(drawn.sight, row_times=asked[:, :1].expand(-1, rows).reshape(-1))
+    agree(drawn, 2e-5 if dtype == torch.float32 else 6e-2)
+    blocks = drawn.sight.planned(cpu_blocks.plan, 3, True, 2, False).blocks
+    assert {block.pairs.shape[1] == 1 for block in blocks} == {False, True}
 
 
 def test_company_does_not_change_a_row() -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,9 +11,11 @@ from grstream.config import ModelConfig, parse
 from grstream.events import ActionEvent
 from grstream.histories import History
 from grstream.keys import ABSENT, Id, Keys, Namespace, ints_of_keys, key_of
-from grstream.scores import Encoded, Ranked, Recommended, Retrieved, Reuse
+from grstream.scores import Ask, Encoded, Rank, Ranked, Recommend, Recommended, Retrieve, Retrieved, Reuse
 from grstream.weights import Manifest, Recipe
 from serve.gateway import UserHistory
+
+A = TypeVar("A", bound=Ask)
 
 CONFIG = parse(
     {
@@ -50,6 +52,9 @@ class FakeBackend:
         self.forgotten: list[Id] = []
         self.features: Keys | None = None
         self.at_ms = -1
+        self.brought: bool | None = None
+        self.user: int | None = None
+        self.weights: tuple[tuple[str, float], ...] = ()
         self.exclude: Keys | None = None
         self.context: Keys | None = None
         self.allow: Keys | None = None
@@ -68,42 +73,29 @@ class FakeBackend:
         self.min_offset = min_offset
         return UserHistory(self.histories.get(user, history()), 3, 77, self.stale)
 
-    async def rank(self, user: Id, history: History, items: Keys, features: Keys, at_ms: int) -> Ranked:
-        self.asked.append(history)
-        self.features, self.at_ms = features, at_ms
+    async def rank(self, user: Id, ask: Rank) -> Ranked:
+        items = self._asked(ask).items
+        self.features = ask.features
         ids = ints_of_keys(Namespace.ITEM, items)
         columns = [ids / 1000, 1 - ids / 1000, ids * 0 + 0.25][: len(self.actions)]
         scores = np.stack(columns, axis=1).astype(np.float32)
         encoded = Encoded(tokens=3, cached=1, waited_ms=0.5, took_ms=2.0)
         return Ranked(scores, ids < 10, 4, Reuse.MISS, self.actions, encoded)
 
-    async def retrieve(
-        self,
-        user: Id,
-        history: History,
-        k: int,
-        context: Keys,
-        at_ms: int,
-        exclude: Keys,
-        allow: Keys | None,
-    ) -> Retrieved:
-        self.asked.append(history)
-        self.exclude, self.context, self.at_ms, self.allow = exclude, context, at_ms, allow
+    def _asked(self, ask: A) -> A:
+        self.asked.append(ask.history)
+        self.at_ms, self.brought, self.user = ask.at_ms, ask.brought, ask.user
+        return ask
+
+    async def retrieve(self, user: Id, ask: Retrieve) -> Retrieved:
+        self._asked(ask)
+        self.exclude, self.context, self.allow, k = ask.exclude, ask.context, ask.allow, ask.k
         items = np.array([key_of(Namespace.ITEM, i) for i in ("a/b", 2**60)][:k])
         names = {key_of(Namespace.ITEM, "a/b"): "a/b"}
         return Retrieved(items, names, np.array([2.0, 1.0], np.float32)[:k], version=4, reuse=Reuse.HIT)
 
-    async def recommend(
-        self,
-        user: Id,
-        history: History,
-        k: int,
-        context: Keys,
-        at_ms: int,
-        exclude: Keys,
-        allow: Keys | None,
-    ) -> Recommended:
-        found = await self.retrieve(user, history, k, context, at_ms, exclude, allow)
+    async def recommend(self, user: Id, ask: Recommend) -> Recommended:
+        found, self.weights, k = await self.retrieve(user, ask), ask.weights, ask.k
         probabilities = np.array([[0.5, 0.75], [0.25, 0.125]], np.float32)[:k]
         return Recommended(
             found.items,

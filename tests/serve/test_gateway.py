@@ -348,6 +348,8 @@ def test_recommendations_are_ordered_by_the_weighted_sum_and_tell_each_probabili
     assert backend.allow.tolist() == [key_of(Namespace.ITEM, i) for i in (7, "a/b")]
     assert backend.exclude.tolist() == [key_of(Namespace.ITEM, i) for i in (9, 5, "a/b", -3)]
     assert backend.at_ms == 66
+    assert backend.weights == (("click", 1.0), ("like", 1.0))
+    assert backend.brought is False
     assert client.post(RETRIEVE, json={"user_id": "eve"}).status_code == 200
     assert backend.allow is None
 
@@ -387,6 +389,7 @@ TIGHT_CLIENT = TestClient(create_app(TIGHT, TIGHT_BACKEND), raise_server_excepti
 @given(past_events)
 def test_a_history_that_a_request_brings_is_what_the_log_would_have_made_of_it(events: list[Any]) -> None:
     TIGHT_BACKEND.asked.clear()
+    TIGHT_BACKEND.brought = None
     client = TIGHT_CLIENT
     body = {"user_id": "eve", "history": events, "explain": True}
     answers = [
@@ -399,6 +402,8 @@ def test_a_history_that_a_request_brings_is_what_the_log_would_have_made_of_it(e
     histories = RollingHistories(TIGHT.histories, features=2)
     histories.append(decoded.batch)
     expected = histories.history(key_of(Namespace.USER, "eve"))
+    assert TIGHT_BACKEND.brought
+    assert TIGHT_BACKEND.user == key_of(Namespace.USER, "eve"), "for the arm of an A/B test"
     for answer, asked in zip(answers, TIGHT_BACKEND.asked, strict=True):
         assert answer.status_code == 200, answer.text
         told = answer.json()

@@ -13,7 +13,7 @@ from grstream.config import Config, ModelConfig, parse
 from grstream.histories import History
 from grstream.kafka import create_topic, producer
 from grstream.schema import Schema
-from grstream.scores import EngineNotReady, Rank
+from grstream.scores import EngineNotReady, Rank, Recommend, Retrieve
 from grstream.telemetry import BY_PART, Part
 from grstream.weights import Manifest, Recipe
 from serve.errors import OtherSchema, QueueFull
@@ -24,6 +24,13 @@ from tests.exported import Exported
 NOTHING = np.empty(0, np.int64)
 SCHEMA = Schema(("click",), ())
 HISTORY = History(NOTHING, np.empty(0, np.int32), NOTHING, np.empty((0, 0), np.int64), 0, 0)
+
+
+TO_FIND = Retrieve(history=HISTORY, at_ms=0, k=1)
+
+
+def to_rank(at_ms: int = 0) -> Rank:
+    return Rank(history=HISTORY, at_ms=at_ms, user=1, items=NOTHING)
 
 
 def config(storage: pathlib.Path, queue: int, kafka: dict[str, Any] | None = None) -> Config:
@@ -62,7 +69,7 @@ def test_a_scorer_holds_so_many_requests_and_refuses_the_next_at_once(tmp_path: 
         scorer._engine = engine  # type: ignore[assignment]
 
         def ask(number: int) -> asyncio.Task:
-            return asyncio.create_task(scorer.rank(SCHEMA, 1, HISTORY, NOTHING, NOTHING, number))
+            return asyncio.create_task(scorer.rank(SCHEMA, to_rank(number)))
 
         held = [ask(number) for number in range(3)]
         await asyncio.sleep(0.05)
@@ -143,8 +150,7 @@ def test_a_scorer_without_weights_says_so_and_one_whose_follower_died_is_unhealt
 ) -> None:
     async def scenario() -> None:
         scorer = Scorer(config(tmp_path, queue=3))
-        features = np.empty((0, 0), np.int64)
-        for call in (scorer.manifest(), scorer.rank(SCHEMA, 1, HISTORY, NOTHING, features, 0)):
+        for call in (scorer.manifest(), scorer.rank(SCHEMA, to_rank())):
             with pytest.raises(EngineNotReady):
                 await call
         await scorer.check_health()
@@ -168,12 +174,12 @@ def test_a_scorer_retrieves_nothing_before_it_has_read_what_was_withdrawn(
         topic = f"items-{uuid.uuid4().hex[:8]}"
         kafka = {"bootstrap_servers": [kafka_bootstrap], "items_topic": topic}
         scorer = Scorer(config(tmp_path, 3, kafka))
-        asked = (SCHEMA, 1, HISTORY, 1, NOTHING, 0, NOTHING)
-        for call in (scorer.retrieve(*asked), scorer.recommend(*asked)):
+        best = Recommend(history=HISTORY, at_ms=0, k=1, weights=())
+        for call in (scorer.retrieve(SCHEMA, TO_FIND), scorer.recommend(SCHEMA, best)):
             with pytest.raises(EngineNotReady, match="items are being read"):
                 await call
         with pytest.raises(EngineNotReady, match="weights"):
-            await scorer.rank(SCHEMA, 1, HISTORY, NOTHING, np.empty((0, 0), np.int64), 0)
+            await scorer.rank(SCHEMA, to_rank())
         create_topic(config(tmp_path, 3, kafka).kafka, 1, topic)
         with contextlib.closing(producer(config(tmp_path, 3, kafka).kafka)) as log:
             log.send(topic, b'{"item_id": 7, "available": false}', key=b"7").get(10)
@@ -182,7 +188,7 @@ def test_a_scorer_retrieves_nothing_before_it_has_read_what_was_withdrawn(
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
         with pytest.raises(EngineNotReady, match="weights"):
-            await scorer.retrieve(*asked)
+            await scorer.retrieve(SCHEMA, TO_FIND)
         assert scorer._items is not None
         await scorer.check_health()
         scorer._items.stop()
@@ -199,11 +205,10 @@ def test_a_replica_answers_nobody_whose_columns_and_bits_mean_something_else(tmp
     async def scenario() -> None:
         other = config(tmp_path, queue=3)
         scorer, shard = Scorer(other), HistoryShard(other, 0)
-        features = np.empty((0, 1), np.int64)
         grown = Schema(("click",), ("context.device",))
         for call in (
-            scorer.rank(grown, 1, HISTORY, NOTHING, features, 0),
-            scorer.retrieve(grown, 1, HISTORY, 1, NOTHING, 0, NOTHING),
+            scorer.rank(grown, to_rank()),
+            scorer.retrieve(grown, TO_FIND),
             shard.history(grown, 1, 0),
         ):
             with pytest.raises(
