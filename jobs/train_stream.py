@@ -75,35 +75,52 @@ class Lines:
 
 def main() -> int:
     options = _options()
+    as_json = False
     try:
         config = load(options.config)
         logs.configure(config.logs)
+        as_json = config.logs.format == "json"
         until = Until.parse(options.until, config) if options.until else None
         lines = Lines(config)
     except (ConfigError, BrokerUnavailable, TopicMissing, ValueError) as error:
-        print(f"train_stream: {error}", file=sys.stderr)
+        _say_why(error, as_json)
         return 2
     # Ray Train looks at its workers this often: a stop must be through in the 3 s that `ray job stop` gives.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     ray.init(
         log_to_driver=options.verbose,
         logging_level=logging.WARNING,
-        logging_config=_ray_logs(config) if config.logs.format == "json" else None,
+        logging_config=_ray_logs(config) if as_json else None,
     )
     logs.configure(config.logs)  # Ray sets up the root logger, too
-    stop = _stop_on_signals()
+    stop = _stop_on_signals(as_json)
     try:
         final = train(config, until, stop, lines.show)
     except (*LASTING, NotEnoughCpus, BrokerUnavailable, TopicMissing) as error:
-        print(f"train_stream: {error}", file=sys.stderr)
+        _say_why(error, as_json)
         return 1
     finally:
         lines.close()
     settled = (
         ", ".join(f"{count:,} {what}" for what, count in final.settled.items()) if final else "nothing read"
     )
-    print(f"{'stopped' if stop.is_set() else 'done'}: {settled}", flush=True)
+    _say(f"{'stopped' if stop.is_set() else 'done'}: {settled}", as_json)
     return 0
+
+
+def _say(text: str, as_json: bool) -> None:
+    if as_json:
+        logger.info("%s", text)
+    else:
+        print(text, flush=True)
+
+
+def _say_why(error: Exception, as_json: bool) -> None:
+    """What ended the job, for whoever started it."""
+    if as_json:
+        logger.error("%s", error, extra={"error": type(error).__name__})
+    else:
+        print(f"train_stream: {error}", file=sys.stderr)
 
 
 def _ray_logs(config: Config) -> ray.LoggingConfig:
@@ -112,14 +129,14 @@ def _ray_logs(config: Config) -> ray.LoggingConfig:
     return ray.LoggingConfig(encoding="JSON", log_level=level, additional_log_standard_attrs=["name"])
 
 
-def _stop_on_signals() -> threading.Event:
+def _stop_on_signals(as_json: bool) -> threading.Event:
     """An event that the first SIGTERM or SIGINT sets; the second ends the process."""
     stop = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise SystemExit(128 + number)
-        print("stopping: the step is finished and saved", flush=True)
+        _say("stopping: the step is finished and saved", as_json)
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -112,7 +112,7 @@ def test_matched_values_of_labels_are_known_ones() -> None:
         for label, value in re.findall(r'(disposition|reuse|source|status|reason)="([^"]*)"', query):
             assert value in known[label]
             seen += 1
-    assert seen > 5
+    assert seen > 3
 
 
 def test_every_metric_is_on_a_dashboard() -> None:

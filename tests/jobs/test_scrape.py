@@ -219,6 +219,7 @@ def test_a_request_is_one_trace_from_the_clients_span_to_the_engines_stages(syst
     (score,) = (span for span in spans.values() if span.name == "engine.score")
     path = above(score)
     assert path.index("scorer") < path.index("POST /v1/rank")
+    assert path[-1].startswith("proxy_http_request"), "Serve's spans are between the client's and ours"
     outermost = spans[score.span_id]
     while outermost.parent_span_id in spans:
         outermost = spans[outermost.parent_span_id]
@@ -241,6 +242,8 @@ def test_what_the_processes_log_is_json_and_names_no_user(system: System) -> Non
     assert access["version"] > 0
     refused = [line for _, line in lines if line.get("reason") == "invalid_request"]
     assert [(line["status"], line["path"]) for line in refused] == [(422, "/v1/rank")]
+    trainers = (system.stack.home / "logs" / "trainer.log").read_text().splitlines()
+    assert all(line.startswith("{") or "(raylet)" in line for line in trainers)
     progress = [line for _, line in lines if line.get("message") == "progress"]
     assert progress[-1]["positions"]
     assert progress[-1]["step"] > 0

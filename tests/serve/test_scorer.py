@@ -101,7 +101,10 @@ def test_a_scorer_exports_its_counts_and_a_shard_where_it_stands_whenever_serve_
     monkeypatch.setattr("serve.shard.Exporter", lambda: out[Part.SHARD])
 
     async def scenario() -> None:
-        scorer, shard = Scorer(config(tmp_path, queue=3)), HistoryShard(config(tmp_path, queue=3), 0)
+        without_broker = config(
+            tmp_path, 3, {"bootstrap_servers": ["127.0.0.1:9"], "request_timeout_ms": 200}
+        )
+        scorer, shard = Scorer(without_broker), HistoryShard(without_broker, 0)
         count = scorer._engine.steps.count
         count.update(steps=3, requests=4, candidates=90, encoded_tokens=50, found_tokens=20, hits=2, misses=2)
         await scorer.check_health()
