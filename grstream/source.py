@@ -142,5 +142,5 @@ def actions(config: Config, position: Ledger, until: Until | None = None) -> Dat
             override_num_blocks=config.source.readers,
             num_cpus=config.source.reader_cpus,
             max_calls=1,
-            ray_remote_args={"max_retries": 0},
+            ray_remote_args={"max_retries": 0, "resources": config.source.reader_resources},
         )

@@ -28,8 +28,8 @@ OWNER, COORDINATOR, READER = "ray::ExecutionsActor", "ray::SplitCoordinator", "r
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """With as many CPUs as the two readers of an execution need."""
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    """With as many CPUs as the two readers of an execution need, and as much of a resource of their own."""
+    ray.init("local", num_cpus=2, resources={"reader": 1}, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -42,7 +42,8 @@ def begin(
     begun: list[Executions] = []
 
     def begin(recycle_s: float) -> tuple[configs.Config, Executions]:
-        source = {"readers": 2, "reader_cpus": 1, "flush_events": 16, "recycle_s": recycle_s}
+        source: dict[str, Any] = {"readers": 2, "reader_cpus": 1, "flush_events": 16, "recycle_s": recycle_s}
+        source["reader_resources"] = {"reader": 0.5}
         config = make_config(tmp_path, kafka_bootstrap, source=source)
         create_topic(config.kafka, 2)
         begun.append(Executions(config, None))
@@ -98,6 +99,14 @@ def test_a_renewed_execution_goes_on_from_the_position_in_an_actor_of_its_own(be
             threads = threads or threading.active_count()
             assert threading.active_count() <= threads
     assert {p: ledger.watermark(p) for p in ledger.partitions()} == end_offsets(config)
+
+
+def test_readers_run_where_there_is_what_they_ask_for(begin: Any) -> None:
+    _, executions = begin(1000)
+    assert ray.available_resources()["reader"] == 1
+    held = running(executions)
+    wait(lambda: ray.available_resources().get("reader", 0) == 0)
+    del held
 
 
 def test_an_execution_that_is_renewed_in_its_midst_leaves_neither_actor_nor_readers_nor_reservations(

@@ -206,7 +206,10 @@ def test_training_workers_hold_ranks_and_readers(overlay: str) -> None:
     if config.train.gpu:
         [on_gpus] = [group for group in groups if group.get("resources", {}).get("GPU")]
         assert offered["GPU"] == config.train.workers
-        assert float(on_gpus["resources"]["CPU"]) == config.train.worker_cpus  # none are left for readers
+        assert float(on_gpus["resources"]["CPU"]) == config.train.worker_cpus  # none are left for others
+        assert set(config.source.reader_resources) - set(on_gpus["resources"])
+        for resource, amount in config.source.reader_resources.items():
+            assert config.source.readers * amount <= offered[resource]
         assert readers <= offered["CPU"] - ranks
 
 
