@@ -14,8 +14,8 @@ class SourceConfig(Section):
     reader_cpus: float = pydantic.Field(0.5, gt=0, description="logical CPUs each read task asks Ray for")
     reader_resources: dict[Name, Annotated[float, pydantic.Field(gt=0)]] = pydantic.Field(
         {},
-        description="resources of the cluster's own that each read task asks Ray for beside them, by name: it "
-        "runs on a node that has them",
+        description="resources of the cluster's own that each read task asks Ray for beside them, by name: "
+        "it runs on a node that has them",
     )
     flush_events: int = pydantic.Field(256, ge=1, description="new events that make a micro-batch")
     flush_ms: int = pydantic.Field(500, ge=1, description="and the longest a new event waits for one")
