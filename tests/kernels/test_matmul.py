@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import matmul as products
-from kernels.matmul import linear, matmul
+from kernels.matmul import linear, matmul, silu_matmul
 
 SIZES = [(0, 5, 7), (1, 300, 5000), (3, 4, 5), (2000, 50, 200), (50, 2000, 200), (700, 64, 33)]
 
@@ -64,3 +64,16 @@ def test_large_products_of_fp32_go_to_onednn_and_small_ones_do_not(monkeypatch: 
     assert not products._by_onednn(drawn(2, 50), drawn(50, 200))
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not products._by_onednn(drawn(2000, 50), drawn(50, 200))
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_silu_behind_a_product_is_that_of_float64(
+    dtype: torch.dtype, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one pass or two; bf16's score is rounded once more before SiLU in the latter."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    a, b, bias = (drawn(*shape, seed=at).to(dtype) for at, shape in enumerate([(700, 32), (32, 900), (900,)]))
+    exact = F.silu(a.double() @ b.double() + bias.double())
+    bound = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2**-7}[dtype]
+    torch.testing.assert_close(silu_matmul(a, b, bias).double(), exact, rtol=bound, atol=bound)
