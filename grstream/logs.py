@@ -9,7 +9,9 @@ import contextvars
 import datetime
 import json
 import logging
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 from grstream.config import LogsConfig
 
@@ -49,9 +51,17 @@ def request(request_id: str) -> Iterator[None]:
         _request.reset(token)
 
 
+def to_standard_error() -> logging.StreamHandler[Any]:
+    """A handler to the process's own standard error.
+
+    Serve puts another in its place, which logs each line under a prefix after looking through the stack.
+    """
+    return logging.StreamHandler(sys.__stderr__)
+
+
 def configure(config: LogsConfig) -> None:
     """Have this process, which must be the project's own, log to its standard error."""
-    handler = logging.StreamHandler()
+    handler = to_standard_error()
     handler.setFormatter(JsonFormatter() if config.format == "json" else logging.Formatter(TEXT))
     logging.basicConfig(level=config.level, handlers=[handler], force=True)
     logging.getLogger("kafka").setLevel(logging.WARNING)  # it tells of every connection

@@ -148,7 +148,7 @@ def write_line(
 
 def log_access() -> None:
     """Have this process, a gateway's, write its access log to standard error: JSON whatever else is."""
-    handler = logging.StreamHandler()
+    handler = logs.to_standard_error()
     handler.setFormatter(logs.JsonFormatter())
     access_log.addHandler(handler)
     access_log.setLevel(logging.INFO)

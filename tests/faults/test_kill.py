@@ -157,6 +157,7 @@ def dump(config: configs.Config, path: pathlib.Path) -> None:
     pa.parquet.write_table(pa.table({name: pa.array(values) for name, values in columns}), path)
 
 
+@pytest.mark.slow
 def test_killed_between_the_start_of_a_backfill_and_its_seam_nothing_is_lost_or_repeated(
     tmp_path: pathlib.Path, kafka_bootstrap: str, cluster: str
 ) -> None:

@@ -54,6 +54,7 @@ def version(config: Config, above: int = 0) -> int:
     raise AssertionError(f"no version above {above} answered; the last answer: {seen}")
 
 
+@pytest.mark.slow
 def test_versions_go_from_one_cluster_to_another_through_a_directory(
     config: Config, tmp_path: pathlib.Path
 ) -> None:

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from kafka.protocol.sasl import SaslAuthenticateRequest
 
@@ -53,13 +54,15 @@ def test_a_client_that_finds_no_broker_leaves_nothing_behind(
         held.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{held.getsockname()[1]}"
         config = KafkaConfig(bootstrap_servers=[address], request_timeout_ms=200, security=security)
-        counts = []
-        for _ in range(3):
+        counts, attempts = [], 6
+        for _ in range(attempts):
             with pytest.raises(BrokerUnavailable):
                 client(config)
             gc.collect()  # what the exception's frames held
             counts.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))
-        assert counts == counts[:1] * 3
+        # Each attempt would leave one or more; other tests' threads may come and go meanwhile.
+        grown = np.subtract(counts[-1], counts[0])
+        assert (grown < attempts - 1).all(), counts
 
 
 def test_options_hold_no_secret(password_file: pathlib.Path) -> None:

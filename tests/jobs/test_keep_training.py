@@ -154,6 +154,7 @@ class Switch:
             sink.shutdown(socket.SHUT_WR)
 
 
+@pytest.mark.slow
 def test_where_the_cluster_is_replaced_the_job_moves_and_never_runs_on_both(
     head: RayHead, tmp_path: pathlib.Path
 ) -> None:
