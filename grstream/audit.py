@@ -84,7 +84,10 @@ def audit(config: Config) -> Audit:
     """Audit the newest checkpoint. Raises NothingToAudit, BrokerUnavailable or FileNotFoundError."""
     checkpoint = CheckpointStore(config.storage / "checkpoints").newest()
     if checkpoint is None:
-        raise NothingToAudit(f"no checkpoint in {config.storage / 'checkpoints'}: nothing was trained yet")
+        raise NothingToAudit(
+            f"no checkpoint in {config.storage / 'checkpoints'} yet: a trainer writes one every "
+            "train.checkpoint_every_s, and when it is stopped"
+        )
     with reaching(config.kafka), contextlib.closing(consumer(config.kafka)) as log:
         partitions = [_audit(config, log, checkpoint, p) for p in checkpoint.ledger.partitions()]
     return Audit(
