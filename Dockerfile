@@ -29,7 +29,7 @@ RUN case "$VARIANT" in \
     && pip install --no-deps --index-url "$index" --constraint constraints.txt torch
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 extras = p['optional-dependencies']; \
-print(*p['dependencies'], *extras['ann'], *extras['client'], *extras['grpc'], *extras['plots'], sep='\n')" \
+print(*p['dependencies'], *extras['ann'], *extras['client'], *extras['grpc'], *extras['plots'], *extras['traces'], sep='\n')" \
         > /tmp/requirements.txt \
     && pip install --constraint constraints.txt --requirement /tmp/requirements.txt \
     && rm /tmp/requirements.txt

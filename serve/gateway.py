@@ -7,7 +7,6 @@ cluster. A request that cannot be answered gets a typed JSON error (serve/errors
 import asyncio
 import contextlib
 import dataclasses
-import importlib.metadata
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -20,6 +19,7 @@ import numpy.typing as npt
 import pydantic
 from fastapi.responses import Response
 
+import grstream
 from grstream.api import (
     ActionsAnswer,
     Appended,
@@ -136,7 +136,7 @@ def create_app(
     bearer = fastapi.security.HTTPBearer(auto_error=False, description="or the key as X-API-Key")
     app = fastapi.FastAPI(
         title="grstream",
-        version=importlib.metadata.version("grstream"),
+        version=grstream.__version__,
         description="A generative recommender that learns from a live stream while it serves.",
         responses={
             status: {"model": ErrorAnswer, "description": what} for status, what in errors.WHY_NOT.items()

@@ -12,6 +12,7 @@ import packaging.utils
 import packaging.version
 import pytest
 
+import grstream
 from tests.conftest import ROOT
 from tests.k8s.manifests import OVERLAYS, clusters, of_kind, pods, render
 
@@ -124,7 +125,7 @@ def test_pods_ask_for_the_version_that_the_project_is(overlay: str) -> None:
     variant = "-cuda" if overlay == "overlays/gpu" else ""
     images = {c["image"] for pod in pods(render(overlay)) for c in pod.containers}
     tags = {image.partition(":")[2] for image in images if image.startswith("grstream:")}
-    assert tags == {PROJECT["version"] + variant}
+    assert tags == {grstream.__version__ + variant}
 
 
 def test_the_ray_of_the_manifests_is_that_of_the_image() -> None:

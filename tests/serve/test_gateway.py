@@ -1,4 +1,5 @@
 import asyncio
+import importlib.metadata
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
+import grstream
 from grstream.api import Appended, place_of, token_of
 from grstream.config import ConfigError, parse
 from grstream.events import EventDecoder
@@ -553,3 +555,12 @@ def test_an_answer_includes_what_its_request_names_or_is_a_409(
 @given(st.integers(0, 2**31 - 1), st.integers(0, 2**63 - 1))
 def test_a_token_is_the_place_it_was_made_from(partition: int, offset: int) -> None:
     assert place_of(token_of(partition, offset)) == (partition, offset)
+
+
+def test_an_image_has_the_project_on_its_path_and_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", missing)
+    assert create_app(CONFIG, FakeBackend()).version == grstream.__version__
