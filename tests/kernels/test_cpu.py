@@ -129,6 +129,18 @@ def test_candidates_at_one_time_share_one_index_of_what_they_see(softmax: bool, 
     assert {block.pairs.shape[1] == 1 for block in blocks} == {False, True}
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_candidates_at_several_times_have_each_their_own_biases() -> None:
+    """They see the same tokens, but not from as far."""
+    drawn = case([33, 30], [[33] * 20, [30] * 20], dtype=torch.float32)
+    times = drawn.sight.row_times.sort().values.view(2, 20)
+    later = times[:, :1] + torch.arange(20) * 3_600_000
+    drawn.sight = dataclasses.replace(drawn.sight, row_times=later.reshape(-1))
+    agree(drawn, 2e-5)
+    blocks = drawn.sight.planned(cpu_blocks.plan, 3, True, 2, False).blocks
+    assert all(block.pairs.shape[1] == block.rows for block in blocks)
+
+
 def test_company_does_not_change_a_row() -> None:
     lengths = [70, 3, 0, 64, 12]
     whole = case(lengths, [[*range(n), n] for n in lengths], dtype=torch.float32)
